@@ -22,7 +22,7 @@ from hstu.data.sampling.sampler import SamplerPosition
 from hstu.model.embedding import TableSpec
 from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
-from hstu.parallel.ddp import unwrap_dense
+from hstu.parallel.data_parallel import unwrap_dense
 from hstu.parallel.shards import ShardedView, global_view, shard_dim, view_of
 from hstu.parallel.table_kernels import Piece, pieces_of
 from hstu.parallel.table_optimizer import state_shape

@@ -27,8 +27,7 @@ from hstu.model.gr_model import DenseModel, GRModel
 from hstu.model.retrieval import LogCounts
 from hstu.ops.fake import fake_kernels
 from hstu.ops.kernels import Backend, Kernels
-from hstu.optim.dense import DenseOptimizer
-from hstu.optim.optimizers import build_optimizers
+from hstu.optim.optimizers import DenseOptimizer, build_optimizers
 from hstu.parallel.collectives import gather_rows
 from hstu.parallel.layer_comm import split_encoder
 from hstu.parallel.mesh import Mesh

@@ -22,7 +22,7 @@ from hstu.model.embedding import TableSpec, build_collections
 from hstu.model.stack import ROUNDED_WEIGHTS
 from hstu.ops.costs import FLOAT32, Cost
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.optim.dense import DenseOptimizer
+from hstu.optim.optimizers import DenseOptimizer
 from hstu.parallel.dynamic.memory import logical_name
 from hstu.parallel.table_optimizer import TableTraining, is_rowwise, state_shape
 from hstu.parallel.tables import UNLIMITED, TableRanks, TableRoom, memory_plans, plan_sharding, prepare_tables

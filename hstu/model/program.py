@@ -20,9 +20,8 @@ from torch.fx import GraphModule
 from hstu.base.files import digest_of
 from hstu.config.args.network import SIDE_WIDTH
 from hstu.model.heads import MultiTaskHead
-from hstu.model.ranking import RankingModel
+from hstu.model.ranking import MultiTaskDense, RankingModel, RankingTask
 from hstu.model.retrieval import RetrievalDense
-from hstu.model.tasks import MultiTaskDense, RankingTask
 from hstu.ops.kernels import AttentionInputs
 from hstu.ops.layout import JaggedLayout
 from hstu.ops.pytorch.attention import PaddedLayout, padded_forward

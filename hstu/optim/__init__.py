@@ -1,1 +1,1 @@
-"""Optimizer of the dense part (dense.py); optimizers of a run and their learning-rate schedule (optimizers.py)."""
+"""Optimizers of a run and their learning-rate schedule (optimizers.py)."""

@@ -12,7 +12,7 @@ from hstu.data.batches.batch import NEGATIVES, POOL, HSTUBatch
 from hstu.data.batches.train_batch import TrainBatch
 from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
-from hstu.parallel.ddp import average_sparse_gradients, gradient_sync, own_gradients_finite
+from hstu.parallel.data_parallel import average_sparse_gradients, gradient_sync, own_gradients_finite
 from hstu.parallel.group import look_up
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.own_time import own_time

@@ -31,13 +31,12 @@ from hstu.data.batches.jagged import ranges
 from hstu.data.datasets import store_path
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.model.gr_model import GRModel
-from hstu.model.ranking import RankingDense, RankingModel
+from hstu.model.ranking import MultiTaskDense, RankingDense, RankingModel
 from hstu.model.retrieval import RetrievalDense
 from hstu.model.stack import ModelOutput
-from hstu.model.tasks import MultiTaskDense
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel import mesh as meshes
-from hstu.parallel.ddp import unwrap_dense
+from hstu.parallel.data_parallel import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.serve.histories import BatchEncoder, histories, stored_vocabulary, vocabularies_of
 from hstu.serve.runtime.files import Vocabulary

@@ -28,10 +28,9 @@ from hstu.data.features.values import PLAIN, LabelCodes, label_columns
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
 from hstu.model.inputs import SequenceFeatures
-from hstu.model.ranking import RankingDense, compile_parts, why_not
+from hstu.model.ranking import MultiTaskDense, RankingDense, compile_parts, why_not
 from hstu.model.retrieval import GatherPool, LogCounts, RetrievalDense
 from hstu.model.stack import DTYPES, SequenceEncoder, kernel_shapes
-from hstu.model.tasks import MultiTaskDense
 from hstu.observe.logging import set_up_logging
 from hstu.observe.run_directory import RunDirectory, default_path, run_name
 from hstu.observe.throughput import ThroughputMeter, peak_tflops
@@ -40,8 +39,7 @@ from hstu.ops.pytorch.operators import cpu_multiplies_bfloat16
 from hstu.ops.select import select_kernels
 from hstu.optim.optimizers import Optimizers, build_optimizers
 from hstu.parallel.collectives import gather_objects, gather_rows, on_all_ranks, on_rank_0, require_equal
-from hstu.parallel.ddp import replicate_dense
-from hstu.parallel.fsdp import shard_dense
+from hstu.parallel.data_parallel import replicate_dense, shard_dense
 from hstu.parallel.layer_comm import split_encoder
 from hstu.parallel.mesh import Mesh, seed_dropout
 from hstu.parallel.tables import check_memory, shard

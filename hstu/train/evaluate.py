@@ -26,10 +26,9 @@ from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import ranges, run_indices
 from hstu.model.gr_model import GRModel
-from hstu.model.ranking import RankingDense
+from hstu.model.ranking import MultiTaskDense, RankingDense, RankingTask
 from hstu.model.stack import ModelOutput
-from hstu.model.tasks import MultiTaskDense, RankingTask
-from hstu.parallel.ddp import unwrap_dense
+from hstu.parallel.data_parallel import unwrap_dense
 from hstu.parallel.exchange import ALONE, Exchange, on_host
 from hstu.parallel.group import evaluate_batch
 from hstu.parallel.mesh import Mesh

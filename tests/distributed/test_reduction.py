@@ -7,9 +7,8 @@ import torch
 
 from hstu.config.args import DataParallelArgs
 from hstu.data.sampling.sampler import SamplerPosition
-from hstu.parallel import fsdp
-from hstu.parallel.ddp import ReplicatedDense, own_gradients_finite
-from hstu.parallel.fsdp import fully_sharded
+from hstu.parallel import data_parallel
+from hstu.parallel.data_parallel import ReplicatedDense, fully_sharded, own_gradients_finite
 from hstu.parallel.mesh import Mesh
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.pipeline_cases import assemble, make_config, write_store
@@ -65,7 +64,7 @@ def train_with(mesh: Mesh, store: str, exact: bool, sharding: str = "none") -> t
 def train_gathering_whole_weights(mesh: Mesh, store: str) -> tuple[torch.dtype, list[float]]:
     """The run "sharded", with weights that are gathered in float32."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(fsdp, "ROUNDED_WEIGHTS", ())
+        patched.setattr(data_parallel, "ROUNDED_WEIGHTS", ())
         return train_with(mesh, store, exact=False, sharding="weights")
 
 

@@ -28,7 +28,7 @@ from hstu.model.stack import ModelOutput
 from hstu.optim.optimizers import Optimizers, build_optimizers
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import gather_objects
-from hstu.parallel.ddp import average_sparse_gradients, replicate_dense, unwrap_dense
+from hstu.parallel.data_parallel import average_sparse_gradients, replicate_dense, unwrap_dense
 from hstu.parallel.tables import shard, sharded_weights
 
 USERS, ITEMS, ACTIONS = 23, 41, 5

@@ -26,7 +26,7 @@ from hstu.estimate.sharding import held_weights, plan_tables, replicated_bytes, 
 from hstu.estimate.workload import Workload, plan_workload
 from hstu.model.gr_model import GRModel
 from hstu.ops.comm import Pending
-from hstu.parallel.ddp import unwrap_dense
+from hstu.parallel.data_parallel import unwrap_dense
 from hstu.parallel.group import look_up, to_train_batch
 from hstu.parallel.layer_comm import ProcessGroupComm
 from hstu.parallel.mesh import Mesh, seed_initial_weights

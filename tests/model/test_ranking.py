@@ -16,12 +16,10 @@ from torch import Tensor, nn
 
 from hstu.config.args import RankingArgs, RankingTaskArgs
 from hstu.data.features.values import PLAIN, LabelCodes
-from hstu.model import tasks
 from hstu.model.heads import MLP, MultiTaskHead
-from hstu.model.ranking import RankingDense, task_labels
+from hstu.model.ranking import LOSSES, RankingDense, RankingTask, task_labels
 from hstu.model.stack import SequenceEncoder
-from hstu.model.tasks import RankingTask
-from hstu.optim.dense import decayed_parameters
+from hstu.optim.optimizers import decayed_parameters
 from tests.model.examples import Tables, gradients, make_batch, make_features, make_network, random_samples
 
 
@@ -177,7 +175,7 @@ def labels_of(classes: int) -> Tensor:
 def test_losses_are_their_formulas(name: str) -> None:
     formula, width, classes = CASES[name]
     outputs, labels = outputs_of(width), labels_of(classes)
-    losses = tasks.LOSSES[name](outputs, labels)
+    losses = LOSSES[name](outputs, labels)
     exact = outputs.detach().double().requires_grad_()
     expected = torch.stack([formula(row, label) for row, label in zip(exact, labels.tolist(), strict=True)])
     compare(losses, outputs, expected, exact)

@@ -163,7 +163,7 @@ def test_estimates_allocate_what_the_loss_over_a_pool_does_on_a_gpu(
         for is_fake in (True, False):
             with Recorder() as recorder:
                 kernels = fake_kernels(backend, "cuda", recorder.report) if is_fake else REFERENCE_KERNELS
-                functional.softmax_loss(*vectors, negatives, kernels.pool_softmax_loss)
+                functional.softmax_loss(vectors[0], vectors[1], vectors[2], negatives, kernels.pool_softmax_loss)
             peaks.append(sum(recorder.recording.peak.values()))
     assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
 

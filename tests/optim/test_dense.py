@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hstu.config.args import OptimizerArgs
-from hstu.optim.dense import DenseOptimizer, decayed_parameters
+from hstu.optim.optimizers import DenseOptimizer, decayed_parameters
 
 NAMES = ["sgd", "adagrad", "adam", "adamw", "rowwise_adagrad", "muon"]
 

@@ -12,8 +12,7 @@ from torch import nn
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import LRScheduleArgs, OptimizerArgs, PartOptimizerArgs
-from hstu.optim.dense import DenseOptimizer, OptimizerSettings, match_part_optimizers
-from hstu.optim.optimizers import lr_multiplier
+from hstu.optim.optimizers import DenseOptimizer, OptimizerSettings, lr_multiplier, match_part_optimizers
 
 WEIGHTS = (
     "task.layers.0.uvqk.weight",

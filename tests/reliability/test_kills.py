@@ -27,7 +27,7 @@ from hstu.config.run_config import RunConfig
 from hstu.model.ranking import RankingDense
 from hstu.observe import run_directory
 from hstu.observe.records import read_metrics
-from hstu.parallel.ddp import unwrap_dense
+from hstu.parallel.data_parallel import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.train import builder, main
 from hstu.train.trainer import Trainer

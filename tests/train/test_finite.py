@@ -16,7 +16,7 @@ import torch
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.stack import ModelOutput
 from hstu.observe.records import read_metrics
-from hstu.parallel.ddp import unwrap_dense
+from hstu.parallel.data_parallel import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.pipeline.finite import NonFiniteStep
 from hstu.train.trainer import Trainer

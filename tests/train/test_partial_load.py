@@ -17,7 +17,7 @@ from hstu.config.option import options_of
 from hstu.config.rules import validate
 from hstu.config.run_config import RunConfig
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.parallel.ddp import unwrap_dense
+from hstu.parallel.data_parallel import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView
 from hstu.parallel.tables import dynamic_tables

@@ -26,7 +26,7 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.gr_model import GRModel
 from hstu.model.retrieval import RetrievalDense
 from hstu.ops.layout import JaggedLayout
-from hstu.parallel.ddp import unwrap_dense
+from hstu.parallel.data_parallel import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.train import builder
 from hstu.train.sources import open_source

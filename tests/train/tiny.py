@@ -30,7 +30,7 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.gr_model import GRModel
 from hstu.model.stack import ModelOutput
 from hstu.observe.records import read_metrics
-from hstu.parallel.ddp import unwrap_dense
+from hstu.parallel.data_parallel import unwrap_dense
 from hstu.parallel.mesh import Mesh, seed_initial_weights
 from hstu.train import builder
 from hstu.train.trainer import Trainer

@@ -33,7 +33,7 @@ class ToyStore(SequenceStore):
         self.item_side_features = self.event_features = ()
         self.item_number_features = self.event_number_features = ()
         self.time_features = {}
-        self.num_requests = 0
+        self.num_requests, self.shard_users = 0, np.zeros(1, np.int64)
         columns = {"item": items, "action": actions, "time": times}
         self.arrays = {
             name: np.array([value for row in rows for value in row], dtype=np.int64)

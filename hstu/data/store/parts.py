@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -72,22 +73,9 @@ class Parts(NDArrayOperatorsMixin):
     def take(self, indices: np.ndarray) -> np.ndarray:
         """The values at ``indices``, integers of any shape."""
         flat, size = np.asarray(indices, dtype=np.int64).reshape(-1), len(self)
-        if not len(flat):
-            return np.empty(np.shape(indices), self.dtype)
-        if not -size <= flat.min() <= flat.max() < size:
+        if len(flat) and not -size <= flat.min() <= flat.max() < size:
             raise IndexError(f"indices from {flat.min()} to {flat.max()} for an array of {size} values")
-        flat = np.where(flat < 0, flat + size, flat)
-        part_of = self._part_of(flat)
-        first, last = int(part_of.min()), int(part_of.max())
-        if first == last:
-            return self.part(first)[flat - self.bounds[first]].reshape(np.shape(indices))
-        order = np.argsort(part_of.astype(np.uint16) if last < 1 << 16 else part_of, kind="stable")  # a radix sort
-        ends = np.cumsum(np.bincount(part_of, minlength=last + 1))
-        within, found = flat - self.bounds[part_of], np.empty(len(flat), self.dtype)
-        for part in np.flatnonzero(np.diff(ends, prepend=0)).tolist():
-            places = order[ends[part - 1] if part else 0 : ends[part]]
-            found[places] = self.part(part)[within[places]]
-        return found.reshape(np.shape(indices))
+        return Places(np.where(flat < 0, flat + size, flat), self.bounds).of(self).reshape(np.shape(indices))
 
     def min(self) -> Any:
         """The smallest value."""
@@ -141,3 +129,36 @@ class Parts(NDArrayOperatorsMixin):
 
 Values = np.ndarray | Parts
 """A stored array: one memory map or, in shards, the parts of which it consists."""
+
+
+class Places:
+    """n indices at which several arrays of the same parts are read. They are divided over the parts only once.
+
+    Args:
+        indices: int64 [n], each from 0 on.
+        bounds: of the parts, see Parts.
+    """
+
+    def __init__(self, indices: np.ndarray, bounds: np.ndarray) -> None:
+        self._indices, self._bounds = indices, bounds
+
+    def of(self, values: Values) -> np.ndarray:
+        """The values [n] of an array that lies in these parts, or in one."""
+        if not isinstance(values, Parts):
+            return values.take(self._indices)
+        order, of_parts = self._by_part
+        found = np.empty(len(order), values.dtype)
+        if of_parts:
+            found[order] = np.concatenate([values.part(part).take(inner) for part, inner in of_parts])
+        return found
+
+    @cached_property
+    def _by_part(self) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+        """(the order of the indices by part, for each part that has some: its number and the indices within it)."""
+        part_of = np.searchsorted(self._bounds, self._indices, side="right") - 1
+        is_small = len(self._bounds) <= 1 << 16
+        order = np.argsort(part_of.astype(np.uint16) if is_small else part_of, kind="stable")  # uint16: a radix sort
+        counts = np.bincount(part_of)
+        within, ends = (self._indices - self._bounds[part_of])[order], np.cumsum(counts)
+        parts = np.flatnonzero(counts).tolist()
+        return order, [(part, within[ends[part] - counts[part] : ends[part]]) for part in parts]

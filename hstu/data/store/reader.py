@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from hstu.data.features.values import LabelColumn
 from hstu.data.sampling.sampler import BatchPlan, shuffled_ties, window_starts
 from hstu.data.sampling.samples import SampleTable, samples_of_requests
 from hstu.data.store.lake import describe
+from hstu.data.store.parts import Places
 from hstu.data.store.sequence_store import Requests, SequenceStore, time_codes
 
 
@@ -74,7 +76,8 @@ class StoreReader:
             earlier = SampleItems(self.store, ranges(history_begin, seen_lengths))
             earlier = self._shuffled(earlier, samples, history_begin, seen_lengths, plan.epoch)
             seen = self._of_items(self.roles.item, earlier), seen_lengths
-        item_ids = self._of_items(self.roles.item, items)  # also checks the codes, which then index item features
+        codes = items.values(self.roles.item)
+        item_ids = self._for_model(self.roles.item, codes)  # also checks the codes, which then index item features
         return Rows(
             user_ids=samples.user,
             lengths=lengths,
@@ -86,9 +89,9 @@ class StoreReader:
             context={
                 name: self._for_model(name, self.store.context(name)[samples.user]) for name in self.roles.contextual
             },
-            side=self._side(items),
+            side=self._side(items, codes),
             label_values={name: column.read(labelled.values(name)) for name, column in self.labels.items()},
-            numbers=self._numbers(items),
+            numbers=self._numbers(items, codes),
             held_out=held_out,
             request_times=request_times,
             target_events=samples.newest_labels if self.wants_label_events else samples.target,
@@ -109,10 +112,10 @@ class StoreReader:
     def _of_items(self, feature: str, items: SampleItems) -> np.ndarray:
         return self._for_model(feature, items.values(feature))
 
-    def _side(self, items: SampleItems) -> ItemFeatures:
-        """The side features with ids. The item codes must already be checked."""
+    def _side(self, items: SampleItems, codes: np.ndarray) -> ItemFeatures:
+        """The side features with ids. ``codes``: of the items, already checked."""
         of_items = [name for name in self.roles.categories if name in self.store.item_side_features]
-        found = self._features_of_items(of_items, items.values(self.roles.item) if of_items else np.empty(0))
+        found = self._features_of_items(of_items, codes)
         of_events = {
             name: items.time_codes(name) if name in self.store.time_features else self._of_items(name, items)
             for name in self.roles.categories
@@ -135,11 +138,11 @@ class StoreReader:
             side[name] = self._for_model(name, values.take(places))
         return ItemFeatures(side, list_lengths)
 
-    def _numbers(self, items: SampleItems) -> np.ndarray | None:
-        """See Rows.numbers. The item codes must already be checked."""
+    def _numbers(self, items: SampleItems, codes: np.ndarray) -> np.ndarray | None:
+        """See Rows.numbers. ``codes``: of the items, already checked."""
         if not self.roles.numbers:
             return None
-        codes, of_items = items.values(self.roles.item), self.store.item_number_features
+        of_items = self.store.item_number_features
         columns = [
             self.store.item_numbers(name)[codes] if name in of_items else items.values(name)[:, None]
             for name in self.roles.numbers
@@ -200,19 +203,19 @@ class SampleItems:
         candidates = ranges(samples.first_candidate, shown)
         return cls(store, ranges(start, lengths - shown), candidates, is_candidate)
 
-    @property
-    def taken(self) -> np.ndarray:
-        """int64: the events whose values the items have."""
-        return self.events if self.shuffled is None else self.shuffled
+    @cached_property
+    def _taken(self) -> Places:
+        """The events whose values the items have. Shuffled events have the times of those in whose place they are."""
+        return self.store.places(self.events if self.shuffled is None else self.shuffled)
 
     def values(self, feature: str) -> np.ndarray:
         """[n] stored values of the item, the action or an event feature."""
-        of_events = self.store.sequence(feature)[self.taken]
+        of_events = self._taken.of(self.store.sequence(feature))
         return self._joined(of_events, lambda shown: self.store.candidates(feature)[shown])
 
     def times(self) -> np.ndarray:
         """int64 [n] seconds: the times of the events, and for candidates the times of their requests."""
-        of_events = self.store.sequence(str(self.store.timestamp_feature))[self.events]
+        of_events = self._taken.of(self.store.sequence(str(self.store.timestamp_feature)))
         return self._joined(of_events, lambda shown: self.store.candidate_times(shown)[0])
 
     def time_codes(self, feature: str) -> np.ndarray:

@@ -55,7 +55,7 @@ from hstu.data.store.layout import (
     vocabulary_stem,
 )
 from hstu.data.store.meta import MALFORMED, remedy
-from hstu.data.store.parts import Parts, Values
+from hstu.data.store.parts import Parts, Places, Values
 
 _CHUNK = 1 << 18
 _HASHED_ON_OPENING = 8 << 20
@@ -197,6 +197,10 @@ class SequenceStore:
         if feature in self.time_features:
             return self.time_codes(feature, np.arange(self.num_events))
         return self._files[self.feature(feature).file]
+
+    def places(self, events: np.ndarray) -> Places:
+        """These events, int64 [n], at which several sequences are read."""
+        return Places(events, self.offsets()[self.shard_users])
 
     def time_codes(self, feature: str, events: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
         """int64 [n] codes of a time feature of these events. ``before``: the event that each follows (None: the one

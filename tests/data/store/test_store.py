@@ -157,6 +157,10 @@ def test_shards_read_like_a_store_without(shards: int, make_store: MakeStore, ca
         for outside in (len(old), -len(old) - 1):
             with pytest.raises(IndexError):
                 new[[0, outside]]
+    for events in (rng.integers(0, whole.num_events, 99), np.arange(3), np.empty(0, np.int64)):
+        of_whole, of_shards = whole.places(events), copy.places(events)
+        for name in ("item_id", "timestamp"):
+            np.testing.assert_array_equal(of_whole.of(whole.sequence(name)), of_shards.of(copy.sequence(name)))
 
 
 def test_only_the_shards_that_are_read_are_opened(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -60,6 +61,8 @@ class Rows:
     """SeenIds.values and lengths, [b]."""
 
 
+_LookUps = tuple[dict[str, np.ndarray], np.ndarray | None]
+"""For codes of negatives: key of the batch → values to look up; ``BatchNegatives.list_lengths``."""
 _log = logging.getLogger(__name__)
 
 
@@ -89,8 +92,7 @@ class Assembler:
     def assemble(self, rows: Rows, plan: BatchPlan) -> HSTUBatch:
         """The batch of ``rows``, padded with empty sequences."""
         labelled = ranges(np.cumsum(rows.lengths) - rows.num_labels, rows.num_labels)
-        codes, draws, pool_positions = self._negatives(rows, plan)
-        looked_up, list_lengths = self._look_ups(codes)
+        (looked_up, list_lengths), draws, pool_positions = self._negatives(rows, plan)
         num_candidates, num_labels = self._padded(rows.num_candidates), self._padded(rows.num_labels)
         lists, label_values = self.roles.lists, list(rows.label_values.values())
         asks = knows_request_time(self.seed, plan.epoch, plan.ordinals) if self.hides_request_times else None
@@ -136,10 +138,12 @@ class Assembler:
         values |= negatives
         return keyed_jagged(values, {key: jagged_lengths.get(key, lengths) for key in values})
 
-    def _look_ups(self, negatives: np.ndarray | None) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-        """From codes of negatives: (key of the batch → values to look up, ``BatchNegatives.list_lengths``)."""
-        if negatives is None:
-            return {}, None
+    @cached_property
+    def _of_corpus(self) -> _LookUps:
+        return self._look_ups(np.arange(self.corpus_size, dtype=np.int64))
+
+    def _look_ups(self, negatives: np.ndarray) -> _LookUps:
+        """``negatives``: item codes."""
         values = {NEGATIVES: negatives if self.item_ids is None else self.item_ids(negatives)}
         if not self.roles.tower:
             return values, None
@@ -159,27 +163,26 @@ class Assembler:
         assert values is not None, "__post_init__ requires an action feature for ranking"
         return values[labelled]
 
-    def _negatives(self, rows: Rows, plan: BatchPlan) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-        """(item codes to look up, draws, pool positions); each None if this kind of negatives has none."""
+    def _negatives(self, rows: Rows, plan: BatchPlan) -> tuple[_LookUps, np.ndarray | None, np.ndarray | None]:
+        """(look-ups, draws, pool positions); each None or empty if this kind of negatives has none."""
         negatives = self.negatives
+        nothing: _LookUps = ({}, None)
         if negatives is None:
-            return None, None, None
+            return nothing, None, None
         if rows.held_out is not None:
-            return None if negatives.kind == "in_batch" else np.empty(0, dtype=np.int64), None, None
+            return nothing if negatives.kind == "in_batch" else self._look_ups(np.empty(0, dtype=np.int64)), None, None
+        if negatives.kind == "full":
+            return self._of_corpus, None, None
         num_labels = labels_with_history(rows.num_labels, rows.lengths)
         pool = np.unique(rows.items, return_index=True)[1] if negatives.has_batch_pool else None
         key, (sample, place) = (self.seed, plan.epoch), run_indices(num_labels)
         labels = (*key, plan.ordinals[sample][:, None], place[:, None])
         if negatives.kind == "in_batch":
-            return None, draw_31_bits(labels, negatives.num) if negatives.num else None, pool
-        draws = None
-        if negatives.kind == "full":
-            codes = np.arange(self.corpus_size, dtype=np.int64)
-        elif negatives.shared:
-            codes = draw_shared((*key, plan.global_start), negatives.num, self.corpus_size)
-        else:
-            codes, draws = draw_each(labels, negatives.num, self.corpus_size)
-        return codes, draws, pool
+            return nothing, draw_31_bits(labels, negatives.num) if negatives.num else None, pool
+        if negatives.shared:
+            return self._look_ups(draw_shared((*key, plan.global_start), negatives.num, self.corpus_size)), None, pool
+        codes, draws = draw_each(labels, negatives.num, self.corpus_size)
+        return self._look_ups(codes), draws, pool
 
     def _padded_tensor(self, values: np.ndarray | None) -> Tensor | None:
         return None if values is None else torch.from_numpy(self._padded(values))

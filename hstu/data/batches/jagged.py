@@ -8,7 +8,7 @@ from hstu.data.store.parts import Values
 
 def run_starts(lengths: np.ndarray) -> np.ndarray:
     """Index of the first element of each run, int64 [n]."""
-    return run_offsets(lengths)[:-1]
+    return np.cumsum(lengths, dtype=np.int64) - lengths
 
 
 def run_offsets(lengths: ArrayLike) -> np.ndarray:

@@ -34,6 +34,8 @@ def build_loader(
     delay a step. Raises DataError where the data is damaged or a worker dies."""
     if isinstance(sampler, TrainSampler) and sampler.is_costly:
         sampler = _load(sampler, 1, _PLANS_AHEAD, "the process that plans batches died ({}). Most often memory ran out")
+    if not workers:
+        return (batch.pin_memory() if pin_memory else batch for batch in map(collator, sampler))
     died = (
         "a data worker died ({}). Most often memory ran out: lower TrainerArgs.data_workers "
         f"(now {workers}) or data_prefetch, or set data_workers = 0 to see the error itself"
@@ -48,7 +50,7 @@ def _load(dataset: Dataset[Any], workers: int, prefetch: int, died: str, **optio
         batch_size=None,
         collate_fn=lambda item: item,
         num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
+        prefetch_factor=prefetch,
         worker_init_fn=lambda _: end_with_parent(),
         # By default DataLoader seeds the workers from torch's global generator, so every evaluation and every resume
         # would change the dropout of later steps. The workers themselves draw nothing from torch.

@@ -182,10 +182,12 @@ class SequenceStore:
 
     def feature(self, name: str) -> FeatureMeta:
         """A stored feature or a time feature. Raises DataError for an unknown name."""
-        known = self.features | self.time_features
-        if name not in known:
-            raise DataError(f"{self} has no feature {name!r}; it has: {', '.join(known)}")
-        return known[name]
+        found = self.features.get(name) or self.time_features.get(name)
+        if found is None:
+            raise DataError(
+                f"{self} has no feature {name!r}; it has: {', '.join([*self.features, *self.time_features])}"
+            )
+        return found
 
     def offsets(self) -> np.ndarray:
         """int64 [U + 1]: user u's events are [offsets[u], offsets[u + 1])."""

@@ -187,7 +187,7 @@ class StoreSource(BatchSource):
         if not self.roles.tower:
             return None
         codes = codes_of(ids, self.store.raw_ids(self.roles.item)) if self.roles.item in self.raw_features else ids
-        return StoreReader(self.store, self._train_samples, self.roles).tower_features(codes)
+        return StoreReader(self.store, self._train_samples, self.roles).features_of_items(self.roles.tower, codes)
 
     def batch_of(self, samples: np.ndarray) -> HSTUBatch:
         """See BatchSource."""
@@ -306,8 +306,8 @@ class StoreSource(BatchSource):
             self.cardinalities[self.roles.item],
             trainer.seed,
             self.negatives,
-            item_ids=reader.item_ids if self.roles.item in self.raw_features else None,
-            tower_features=reader.tower_features if self.roles.tower else None,
+            item_ids=partial(store.model_ids, self.roles.item) if self.roles.item in self.raw_features else None,
+            tower_features=partial(reader.features_of_items, self.roles.tower) if self.roles.tower else None,
             hides_request_times=training and self._config.reads_request_time and self._args.query_time == "either",
         )
         return Collator(reader.read, assembler, self._skipped)

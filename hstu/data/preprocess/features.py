@@ -13,7 +13,7 @@ from hstu.data.datasets.spec import UNKNOWN, USER_FEATURE
 from hstu.data.preprocess.base import with_base
 from hstu.data.preprocess.ingest import vector_width
 from hstu.data.preprocess.state import ROWS_PER_CHUNK, Build, one, utf8_column
-from hstu.data.store.layout import Role
+from hstu.data.store.layout import Role, vocabulary_stem
 
 _log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _write_vocabulary(build: Build, feature: str, name: str, values: str, is_lis
     """Write the distinct values of a query's ``id``, ascending; the row number is the code. Returns their number."""
     table = f"vocabulary_{name}"
     number = build.table(table, f"SELECT DISTINCT id FROM ({values}) ORDER BY 1", "code")
-    build.writer.write_text_vocabulary(feature, *utf8_column(build.engine, f"SELECT id FROM {table}"))
+    build.writer.write_utf8(vocabulary_stem(feature), *utf8_column(build.engine, f"SELECT id FROM {table}"))
     is_own = build.raw.resolve_types is not None  # features of built-in datasets are declared on purpose
     if is_own and not is_list and number > _MANY_NUMBERS:  # lists have no ranges
         only = f"SELECT bool_and(({as_number('id')}) IS NOT NULL) FROM {table} WHERE id <> {literal(UNKNOWN)}"

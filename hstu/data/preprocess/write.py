@@ -63,7 +63,7 @@ def write_vocabularies(build: Build) -> None:
             QUALIFY row_number() OVER (PARTITION BY item ORDER BY source_row) = 1"""
         first_rows = first_rows if has_table else "SELECT id AS item, title FROM base_items"
         query = f"SELECT coalesce(t.title, '') FROM items i LEFT JOIN ({first_rows}) t ON i.id = t.item ORDER BY i.code"
-        build.writer.write_titles(*columns_of(build.engine, query))
+        build.writer.write_strings("titles", *columns_of(build.engine, query))
 
 
 def keep_raw_ids(build: Build) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
+
+from fsspec.spec import AbstractBufferedFile
 
 from hstu.base import remote
 
@@ -39,35 +40,19 @@ def open_dataset(sizes: Mapping[str, int]) -> Any:
     return dataset.dataset([*sizes], format="parquet", filesystem=files, partitioning="hive")
 
 
-class _UrlFile(io.RawIOBase):
+class _UrlFile(AbstractBufferedFile):
     """A file at a URL. Each read is one request for these bytes, which is repeated after failures."""
 
     def __init__(self, url: str, size: int) -> None:
-        super().__init__()
-        self._url, self._size, self._at = url, size, 0
+        super().__init__(None, url, cache_type="none", size=size)
 
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
-
-    def read(self, size: int | None = -1) -> bytes:
-        begin, length = self._at, self._size - self._at
-        length = length if size is None or size < 0 else min(size, length)
-        if length <= 0:
-            return b""
+    def _fetch_range(self, begin: int, end: int) -> bytes:
+        end = min(end, self.size)
 
         def once(files: Any, path: str) -> bytes:
-            content: bytes = files.cat_file(path, start=begin, end=begin + length)
-            if len(content) != length:
-                raise OSError(f"{len(content)} bytes came instead of {length}")
+            content: bytes = files.cat_file(path, start=begin, end=end)
+            if len(content) != end - begin:
+                raise OSError(f"{len(content)} bytes came instead of {end - begin}")
             return content
 
-        content: bytes = remote.retried(self._url, once)
-        self._at = begin + length
-        return content
+        return bytes(remote.retried(self.path, once))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -43,10 +43,6 @@ class Parts(NDArrayOperatorsMixin):
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __iter__(self) -> Iterator[Any]:
-        for part in self._filled():
-            yield from self.part(part)
-
     def part(self, number: int) -> np.ndarray:
         """The values of a part."""
         found = self._opened.pop(number, None)
@@ -66,9 +62,8 @@ class Parts(NDArrayOperatorsMixin):
         if wanted.shape != self.shape:
             raise IndexError(f"a mask of shape {wanted.shape} for an array of shape {self.shape}")
         chosen = ((part, wanted[begin:stop]) for part, (begin, stop) in enumerate(pairwise(self.bounds)))
-        return np.concatenate(
-            [np.empty(0, self.dtype), *(self.part(part)[mask] for part, mask in chosen if mask.any())]
-        )
+        found = [self.part(part)[mask] for part, mask in chosen if mask.any()]
+        return np.concatenate([np.empty(0, self.dtype), *found])
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """The values at ``indices``, integers of any shape."""
@@ -87,27 +82,17 @@ class Parts(NDArrayOperatorsMixin):
 
     def tolist(self) -> list[Any]:
         """All values."""
-        return np.asarray(self).tolist()
+        return self[:].tolist()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if copy is False:
-            raise ValueError("the values lie in several parts, so that an array of them is a copy")
-        found = np.empty(self.shape, dtype or self.dtype)
-        for part in self._filled():
-            found[self.bounds[part] : self.bounds[part + 1]] = self.part(part)
-        return found
+        return np.array(self[:], dtype, copy=copy)
 
-    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
         by_part = method == "__call__" and all(np.shape(each) in ((), self.shape) for each in inputs)
-        if out is not None:
-            options["out"] = out
         if not by_part or options:
             return getattr(ufunc, method)(*(np.asarray(each) for each in inputs), **options)
         spans = [slice(*span) for span in pairwise(self.bounds.tolist())]
         return np.concatenate([ufunc(*(each[span] if np.ndim(each) else each for each in inputs)) for span in spans])
-
-    def _part_of(self, places: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.bounds, places, side="right") - 1
 
     def _filled(self) -> list[int]:
         return np.flatnonzero(np.diff(self.bounds)).tolist()
@@ -116,15 +101,10 @@ class Parts(NDArrayOperatorsMixin):
         """The values [begin, stop): a view where they lie in one part."""
         if begin == stop:
             return np.empty(0, self.dtype)
-        first, last = self._part_of(np.array([begin, stop - 1])).tolist()
-        if first == last:
-            return self.part(first)[begin - self.bounds[first] : stop - self.bounds[first]]
-        found = np.empty(stop - begin, self.dtype)
-        for part in range(first, last + 1):
-            inner = slice(max(begin, self.bounds[part]), min(stop, self.bounds[part + 1]))
-            values = self.part(part)[inner.start - self.bounds[part] : inner.stop - self.bounds[part]]
-            found[inner.start - begin : inner.stop - begin] = values
-        return found
+        first, last = (np.searchsorted(self.bounds, [begin, stop - 1], side="right") - 1).tolist()
+        starts = self.bounds[first : last + 1].tolist()
+        found = [self.part(part)[max(begin - start, 0) : stop - start] for part, start in enumerate(starts, first)]
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 Values = np.ndarray | Parts

@@ -115,7 +115,7 @@ class StoreReader:
     def _side(self, items: SampleItems, codes: np.ndarray) -> ItemFeatures:
         """The side features with ids. ``codes``: of the items, already checked."""
         of_items = [name for name in self.roles.categories if name in self.store.item_side_features]
-        found = self._features_of_items(of_items, codes)
+        found = self.features_of_items(of_items, codes)
         of_events = {
             name: items.time_codes(name) if name in self.store.time_features else self._of_items(name, items)
             for name in self.roles.categories
@@ -123,8 +123,8 @@ class StoreReader:
         }
         return ItemFeatures({**found.values, **of_events}, found.list_lengths)
 
-    def _features_of_items(self, names: Sequence[str], codes: np.ndarray) -> ItemFeatures:
-        """Features of the items with these codes, which must already be checked."""
+    def features_of_items(self, names: Sequence[str], codes: np.ndarray) -> ItemFeatures:
+        """Features of the items with these codes, int64 or int32 [n], which must already be checked."""
         side: dict[str, np.ndarray] = {}
         list_lengths: dict[str, np.ndarray] = {}
         for name in names:
@@ -163,14 +163,6 @@ class StoreReader:
         if self.recoding and feature in self.recoding:
             return self.recoding[feature][values]
         return self.store.model_ids(feature, values)
-
-    def item_ids(self, codes: np.ndarray) -> np.ndarray:
-        """Item codes → model ids, int64 [n]."""
-        return self.store.model_ids(self.roles.item, codes)
-
-    def tower_features(self, codes: np.ndarray) -> ItemFeatures:
-        """Features that an item tower reads, of items given by their codes, int64 [n]."""
-        return self._features_of_items(self.roles.tower, codes)
 
 
 @dataclass(frozen=True)

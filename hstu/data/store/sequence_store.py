@@ -380,13 +380,12 @@ class SequenceStore:
 
     def _check_shards(self) -> None:
         users = self.shard_users
-        is_right = users[0] == 0 and users[-1] == self.num_users and (np.diff(users) > 0).all()
-        if is_right:
+        if users[0] == 0 and users[-1] == self.num_users and (np.diff(users) > 0).all():
             bounds = shard_bounds(users, self.offsets(), self.requests() if self.num_requests else None)
             arrays = {file: cast(Parts, self._files[file]) for file in self._files.sharded}
-            is_right = all(np.array_equal(parts.bounds, bounds(file)) for file, parts in arrays.items())
-        if not is_right:
-            raise self._files.damaged(META_FILE, "its shards are not the events and candidates of their users")
+            if all(np.array_equal(parts.bounds, bounds(file)) for file, parts in arrays.items()):
+                return
+        raise self._files.damaged(META_FILE, "its shards are not the events and candidates of their users")
 
     def remedy(self) -> str:
         """The command that made the store, with --force."""

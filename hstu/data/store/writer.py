@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -103,17 +102,14 @@ class StoreWriter:
                 for path in self.partial.iterdir():
                     remove(path)
                 self.scratch.mkdir()
-        except (BlockingIOError, FileNotFoundError) as error:
+        except BaseException as error:
             os.close(self._lock)
+            if not isinstance(error, (BlockingIOError, FileNotFoundError)):
+                raise
             raise DataError(f"another process is writing {self.target} just now; wait for it, or end it") from error
-        except BaseException:
-            os.close(self._lock)
-            raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
         interrupted = kind is not None and not issubclass(kind, Exception)
         try:
             if kind is None:
@@ -154,11 +150,7 @@ class StoreWriter:
         if isinstance(raw_ids, np.ndarray) and raw_ids.dtype != object:
             self._create(f"{vocabulary_stem(feature)}.npy", np.dtype(np.int64), len(raw_ids))[:] = raw_ids
         else:
-            self._write_strings(vocabulary_stem(feature), raw_ids)
-
-    def write_text_vocabulary(self, feature: str, offsets: np.ndarray, utf8: np.ndarray) -> None:
-        """Stores a vocabulary of encoded strings: value i is the bytes [offsets[i], offsets[i + 1])."""
-        self._write_utf8(vocabulary_stem(feature), offsets, utf8)
+            self.write_strings(vocabulary_stem(feature), raw_ids)
 
     def write_split(self, column: str, valid: np.ndarray, test: np.ndarray) -> None:
         """Stores the splits of a raw column. ``valid``, ``test``: int64 [U], each user's first event in or after it."""
@@ -184,22 +176,20 @@ class StoreWriter:
         meta = self._features[feature]
         return self._create(meta.candidate_file, np.dtype(meta.dtype), self._num_candidates)
 
-    def write_titles(self, titles: Iterable[str]) -> None:
-        """Stores item code → human title, empty where there is none."""
-        self._write_strings("titles", titles)
-
     def _create(self, file: str, dtype: np.dtype, length: int) -> np.memmap:
         if file in self._arrays:
             raise ValueError(f"{file} is written twice")
         self._arrays[file] = (dtype.str, length)
         return mapped(self.partial / file, dtype, length)
 
-    def _write_strings(self, stem: str, strings: Iterable[str]) -> None:
+    def write_strings(self, stem: str, strings: Iterable[str]) -> None:
+        """Stores code → string in the files of a vocabulary or, under "titles", the items' titles, some empty."""
         encoded = [string.encode() for string in strings]
         offsets = run_offsets(np.array([len(text) for text in encoded], dtype=np.int64))
-        self._write_utf8(stem, offsets, np.frombuffer(b"".join(encoded), dtype=np.uint8))
+        self.write_utf8(stem, offsets, np.frombuffer(b"".join(encoded), dtype=np.uint8))
 
-    def _write_utf8(self, stem: str, offsets: np.ndarray, utf8: np.ndarray) -> None:
+    def write_utf8(self, stem: str, offsets: np.ndarray, utf8: np.ndarray) -> None:
+        """Stores code → string: string i is the bytes [offsets[i], offsets[i + 1])."""
         offsets_file, utf8_file = strings_files(stem)
         for file, array in ((offsets_file, offsets), (utf8_file, utf8)):
             self._arrays[file] = (array.dtype.str, len(array))
@@ -255,17 +245,17 @@ class StoreWriter:
         return whole
 
     def _meta(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        optional = {
+            "split": self._split, "ranges": self.ranges, "running_statistics": self.running_statistics,
+            "earlier_states": self.earlier_states, "shards": self._sharded,
+            "num_segments": self._num_segments if self._num_segments > 1 else None,
+        }  # fmt: skip
         return {
             "format": FORMAT,
             "version": VERSION if self._sharded else UNSHARDED_VERSION,
             "name": self._name,
             "command": self._command,
-            **({"split": self._split} if self._split else {}),
-            **({"ranges": self.ranges} if self.ranges else {}),
-            **({"running_statistics": self.running_statistics} if self.running_statistics else {}),
-            **({"earlier_states": self.earlier_states} if self.earlier_states else {}),
-            **({"num_segments": self._num_segments} if self._num_segments > 1 else {}),
-            **({"shards": self._sharded} if self._sharded else {}),
+            **{key: value for key, value in optional.items() if value},
             "num_users": self._num_users,
             "num_events": self._num_events,
             "num_requests": self._num_requests,

@@ -52,7 +52,7 @@ def test_strings_keep_every_character(tmp_path: Path) -> None:
         writer.create_sequence("item", "item", cardinality=len(names), length=len(names))[:] = range(len(names))
         writer.write_vocabulary("item", names)
         writer.write_vocabulary("user_id", np.array([-(2**63)]))
-        writer.write_titles(name.upper() for name in names)
+        writer.write_strings("titles", (name.upper() for name in names))
     store = SequenceStore.open(tmp_path / "s")
     assert store.raw_ids("item").tolist() == names
     assert store.encode("item", names[::-1]).tolist() == list(range(len(names)))[::-1]

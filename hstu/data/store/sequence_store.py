@@ -167,9 +167,6 @@ class SequenceStore:
         """The path or URL as it was given."""
         return remote.as_given(self.path)
 
-    def __repr__(self) -> str:
-        return f"SequenceStore({str(self.path)!r}, users={self.num_users}, events={self.num_events})"
-
     @property
     def checksums(self) -> dict[str, str]:
         """File → its SHA-256 in the description, equal for any number of shards."""

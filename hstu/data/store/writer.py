@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from hstu.data.store.sequence_store import Requests, SequenceStore, shard_bounds
 _log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class StoreWriter:
     """Context manager that fills ``.<name>.partial`` beside the target, verifies it and renames it to the target.
 
@@ -49,21 +50,20 @@ class StoreWriter:
     writer of the target continues from it if it has the same ``resume_key``, and clears it otherwise.
     Two writers of one target exclude each other. A writer only ever replaces a store."""
 
-    def __init__(
-        self,
-        target: str | Path,
-        *,
-        name: str,
-        command: str | None,
-        overwrite: bool = False,
-        resume_key: str | None = None,
-        shards: int = 1,
-    ) -> None:
-        """``command`` makes this store again; errors about a damaged store show it. ``overwrite``: replace an existing
-        store, even a damaged one, if its description is valid. ``resume_key``: identifies all that determines the
-        content. ``journal`` lists finished stages, ``scratch`` their files. None: never continue a killed writer.
-        ``shards``: cut the store into so many; there are never more than users."""
-        self.target = Path(target).resolve()  # a symbolic link stays; the directory behind it is replaced
+    target: Path
+    _: KW_ONLY
+    name: str
+    command: str | None
+    """Makes this store again; errors about a damaged store show it."""
+    overwrite: bool = False
+    """Replace an existing store, even a damaged one, if its description is valid."""
+    resume_key: str | None = None
+    """Identifies all that determines the content. None: never continue a killed writer."""
+    shards: int = 1
+    """Cut the store into so many; there are never more than users."""
+
+    def __post_init__(self) -> None:
+        self.target = Path(self.target).resolve()  # a symbolic link stays; the directory behind it is replaced
         self.statistics: Mapping[str, Any] = {}
         self.sources: Mapping[str, str] = {}
         self.ranges: dict[str, Mapping[str, float]] = {}
@@ -73,13 +73,9 @@ class StoreWriter:
         self.earlier_states: tuple[str, ...] = ()
         """See SequenceStore.lineage: without today's."""
         self._num_segments = 1
-        self._name = name
-        self._command = command
-        self._resume_key = resume_key
-        self._shards = shards
         self.partial = self.target.parent / f".{self.target.name}.partial"
         self.scratch = self.partial / "scratch"
-        """Directory for working files on the target's disk; removed when the block ends."""
+        """Working files on the target's disk, removed when the block ends; ``journal`` lists finished stages."""
         self.raw_features: set[str] = set()
         """Features of which models get the raw ids, which must be int64, instead of the codes."""
         self._features: dict[str, FeatureMeta] = {}
@@ -87,7 +83,6 @@ class StoreWriter:
         self._sharded: dict[str, Any] = {}
         self._num_users = self._num_events = self._num_requests = self._num_candidates = 0
         self._split: str | None = None
-        self._overwrite = overwrite
         self._check_target()
 
     def __enter__(self) -> StoreWriter:
@@ -97,7 +92,7 @@ class StoreWriter:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(self._lock).st_ino != self.partial.stat().st_ino:
                 raise BlockingIOError  # another writer has just renamed the directory
-            self.journal = Journal(self.scratch / "journal.json", self._resume_key)
+            self.journal = Journal(self.scratch / "journal.json", self.resume_key)
             if not self.journal.resume():
                 for path in self.partial.iterdir():
                     remove(path)
@@ -114,7 +109,7 @@ class StoreWriter:
         try:
             if kind is None:
                 self._commit()
-            elif not (interrupted and self._resume_key):
+            elif not (interrupted and self.resume_key):
                 self._remove_partial()
         except Exception:
             self._remove_partial()
@@ -201,7 +196,7 @@ class StoreWriter:
 
     def _commit(self) -> None:
         features = [asdict(self._described(feature)) for feature in self._features.values()]
-        whole = self._cut() if min(self._shards, self._num_users) > 1 else []
+        whole = self._cut() if min(self.shards, self._num_users) > 1 else []
         (self.partial / META_FILE).write_text(sealed(self._meta(features)), encoding="utf-8")
         self.journal.file.unlink(missing_ok=True)  # from here on, another run starts anew
         shutil.rmtree(self.scratch)
@@ -229,8 +224,8 @@ class StoreWriter:
         requests = None
         if self._num_requests:
             requests = Requests(**{field: np.load(self.partial / file) for field, file in REQUEST_FILES.items()})
-        users = cut_users(offsets, self._shards)
-        if len(users) <= self._shards:
+        users = cut_users(offsets, self.shards)
+        if len(users) <= self.shards:
             _log.warning("%s gets %d shards: there are no more users", self.target, len(users) - 1)
         bounds, whole = shard_bounds(users, offsets, requests), [f for f in self._arrays if f.startswith(IN_SHARDS)]
         self._sharded = {"users": users.tolist(), "sha256": {file: sha256(self.partial / file) for file in whole}}
@@ -253,8 +248,8 @@ class StoreWriter:
         return {
             "format": FORMAT,
             "version": VERSION if self._sharded else UNSHARDED_VERSION,
-            "name": self._name,
-            "command": self._command,
+            "name": self.name,
+            "command": self.command,
             **{key: value for key, value in optional.items() if value},
             "num_users": self._num_users,
             "num_events": self._num_events,
@@ -288,7 +283,7 @@ class StoreWriter:
 
     def _check_target(self) -> None:
         check_replaceable(self.target)
-        if is_taken(self.target) and not self._overwrite:
+        if is_taken(self.target) and not self.overwrite:
             raise DataError(f"{self.target} exists; --force replaces it")
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from hstu.data.store.sequence_store import SequenceStore
@@ -79,7 +78,8 @@ def test_answers_are_those_of_the_trainer(name: str, features: SequenceStore, me
     served = serve(random_model(task, features, mesh, tmp_path, **options), tmp_path / "serving")
     model, draw, reused, computed = served.model, random.Random(0), 0, 0
     assert model.whole_because is None
-    users = [Asked(*each, group.at) for group in random_requests(model) for each in of_users(group)]
+    groups = random_requests(model)
+    users = [Asked(*each, own.at) for own in groups for each in zip(own.histories, own.candidates, strict=True)]
     for _ in range(12):
         for user in users:
             user.take(draw)
@@ -88,8 +88,7 @@ def test_answers_are_those_of_the_trainer(name: str, features: SequenceStore, me
         reused += sum(parts[0].cached_items for parts in encoded)
         computed += sum(parts[0].events.length for parts in encoded)
         kept: dict[int, Prefix] = {}
-        for place, output in enumerate(model.run(encoded, kept.__setitem__)):
-            user = asked[place]
+        for place, (user, output) in enumerate(zip(asked, model.run(encoded, kept.__setitem__), strict=True)):
             user.prefix = kept[place]
             (expected,) = answers_of_the_trainer(served.trained, model, Requests([user.history], [user.shown], user.at))
             assert float(((output - expected).abs() / (1 + expected.abs())).max()) <= 1e-5
@@ -104,10 +103,6 @@ def test_answers_are_those_of_the_trainer(name: str, features: SequenceStore, me
             user.missing = []
             (output,) = model.run([encode(model, user)])
             assert float(((output - expected).abs() / (1 + expected.abs())).max()) <= 1e-5, f"event {late} came late"
-
-
-def of_users(requests: Requests) -> list[tuple[History, Candidates]]:
-    return [*zip(requests.histories, requests.candidates, strict=True)]
 
 
 def encode(model: Model, user: Asked) -> Any:
@@ -175,4 +170,3 @@ def test_users_that_asked_longest_ago_leave_a_full_cache(retrieval: Served) -> N
     cache.drop("a")
     assert cache.find("a", "m") is None and cache.num_bytes == 2 * prefix.num_bytes
     PrefixCache(0).put("a", "m", prefix)
-    torch.testing.assert_close(prefix.times, torch.empty(0, dtype=torch.int64))

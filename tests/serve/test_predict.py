@@ -52,8 +52,7 @@ def predicted(here: Path, call: Callable[..., int]) -> Callable[..., pd.DataFram
 
     def read(name: str, *options: Any, where: str = "out") -> pd.DataFrame:
         assert call(name, *options, where=where) == 0
-        output = here / where
-        return pd.read_parquet(output)
+        return pd.read_parquet(here / where)
 
     return read
 
@@ -191,12 +190,10 @@ def test_mistakes_are_told(refused: Callable[..., str], here: Path) -> None:
     (here / "wrong.csv").write_text("users,item\n100,1000\n")
     (here / "nobody.txt").write_text("zoe\n")
     (here / "gap.csv").write_text("user,item\n100,\n")
-    assert "wrong.csv has no column 'user'; it has users, item; did you mean 'users'?" in refused(
-        "retrieval", "--users_file", here / "wrong.csv"
-    )
-    assert "nobody.txt: the data knows no user of this file: 'zoe'" in refused(
-        "retrieval", "--users_file", here / "nobody.txt"
-    )
+    users = {"wrong.csv": " has no column 'user'; it has users, item; did you mean 'users'?"}
+    users["nobody.txt"] = ": the data knows no user of this file: 'zoe'"
+    for name, problem in users.items():
+        assert name + problem in refused("retrieval", "--users_file", here / name)
     assert "absent.parquet cannot be read" in refused("ranking", "--candidates", here / "absent.parquet")
     assert "1 row(s) have no item" in refused("ranking", "--candidates", here / "gap.csv")
     assert "--candidates is for ranking" in refused("retrieval", "--candidates", here / "gap.csv")

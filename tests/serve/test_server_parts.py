@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from hstu.base.errors import DataError
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.serve.runtime import ServingError
-from hstu.serve.server.batching import Batcher, Metrics, Overloaded, Settings
+from hstu.serve.server.batching import Batcher, Compute, Metrics, Overloaded, Settings
 from hstu.serve.server.model import Answer, RecommendRequest, ScoreRequest, ServedModel
 from hstu.serve.server.rules import Catalog, ItemFile, chosen_items
 from hstu.serve.server.swap import LiveModel, find_exports
@@ -48,7 +48,7 @@ class Doubler:
         await asyncio.to_thread(self.has_begun.wait, 30)
 
 
-def started(compute: Doubler, **settings: float) -> Batcher:
+def started(compute: Compute, **settings: float) -> Batcher:
     batcher = Batcher(compute, Settings(**settings), Metrics())  # type: ignore[arg-type]
     batcher.start()
     return batcher
@@ -103,6 +103,17 @@ def test_equally_small_queries_of_all_clients_come_in_turn() -> None:
     assert compute.batches == [[0], [10, 20], [1, 11], [2, 3], [4, 5], [6]]
 
 
+def test_the_event_loop_computes_small_queries_that_wait_alone_if_it_may() -> None:
+    async def main() -> None:
+        batcher = started(lambda queries: [threading.current_thread() is threading.main_thread()] * len(queries))
+        asked = ((255, True), (256, True), (255, False))
+        assert [await batcher.ask(0, size, in_loop=in_loop) for size, in_loop in asked] == [True, False, False]
+        assert await asyncio.gather(*(batcher.ask(0, in_loop=True) for _ in range(2))) == [False, False]
+        await batcher.close()
+
+    asyncio.run(main())
+
+
 def test_too_many_waiting_queries_are_refused() -> None:
     async def main() -> None:
         batcher = started(compute, max_waiting=2, max_batch=1)
@@ -139,10 +150,6 @@ def test_a_mistake_costs_its_query_and_a_defect_its_batch() -> None:
     compute = Doubler()
     compute.gate.set()
     asyncio.run(main())
-
-
-def live_model(root: Path) -> LiveModel:
-    return LiveModel(root, Metrics(), StubLoader())
 
 
 def written(folder: Path, content: str, at: int) -> Path:
@@ -197,7 +204,7 @@ def test_a_newer_export_replaces_the_model_and_a_bad_one_does_not(tmp_path: Path
 def test_a_model_whose_folder_is_damaged_goes_on_and_one_that_is_removed_gives_way_to_an_older(tmp_path: Path) -> None:
     written(tmp_path / "a", "", 1)
     newer = written(tmp_path / "b", "", 2)
-    live = live_model(tmp_path)
+    live = LiveModel(tmp_path, Metrics(), StubLoader())
     written(newer, "bad: copied over", 2)
     assert not live.refresh() and name_of(live) == "b" and list(live.refused) == [str(newer)]
     shutil.rmtree(newer)
@@ -208,12 +215,12 @@ def test_a_model_whose_folder_is_damaged_goes_on_and_one_that_is_removed_gives_w
 
 def test_a_place_without_a_good_export_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="hstu-export --program"):
-        live_model(tmp_path)
+        LiveModel(tmp_path, Metrics(), StubLoader())
     write_folder(tmp_path / "worse", "bad: old format")
     with pytest.raises(DataError, match="worse: ServingError: bad: old format"):
-        live_model(tmp_path)
+        LiveModel(tmp_path, Metrics(), StubLoader())
     written(tmp_path / "fine", "", 1)
-    live = live_model(tmp_path)
+    live = LiveModel(tmp_path, Metrics(), StubLoader())
     assert name_of(live) == "fine" and len(live.refused) == 1  # the newest is bad, the one before serves
 
 

@@ -17,6 +17,8 @@ _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BATCH_SIZE = 8192
 """Largest total size of the queries of a batch, except one that is larger alone."""
+_SMALL, _LOOP_S = 256, 0.05
+"""Queries below this size are small. The event loop computes them while one takes less than these seconds."""
 Compute = Callable[[Sequence[Any]], Sequence[Any]]
 """Queries → answers, in order. An exception instead of an answer is raised in the ``ask`` of its query."""
 
@@ -103,6 +105,7 @@ class _Waiting:
     client: str
     turn: int
     """Of two equally small queries, the one with the lower turn comes first."""
+    in_loop: bool
     answer: asyncio.Future[Any]
 
 
@@ -137,10 +140,12 @@ class Batcher:
         await self._task
         self._thread.shutdown()
 
-    async def ask(self, query: Any, size: int = 0, client: str = "") -> Any:
+    async def ask(self, query: Any, size: int = 0, client: str = "", in_loop: bool = False) -> Any:
         """Answer a query of ``size`` events and candidates. Raises Overloaded, or the exception of ``compute``.
 
         ``client``: who asks, of whom a limited number of queries may wait. "": nobody whose queries are limited.
+        ``in_loop``: the event loop may compute it, if it is small and waits alone, because that waits for no disk and
+        no other program. Going to the thread and back waits for a core twice on busy machines.
         """
         own = sum(each.client == client for each in self._queue) if client else 0
         is_limited = own >= self._settings.max_waiting_per_client
@@ -149,43 +154,44 @@ class Batcher:
             raise Overloaded(retry_after_s, f" of {client}" * is_limited)
         # Start-time fair queueing: a client's next turn is after its last, and not before the one that is being served.
         turn = self._last_turns[client] = max(self._turn, self._last_turns.get(client, -1) + 1)
-        waiting = _Waiting(query, size, client, turn, asyncio.get_running_loop().create_future())
+        answer, in_loop = asyncio.get_running_loop().create_future(), in_loop and size < _SMALL
+        waiting = _Waiting(query, size, client, turn, in_loop, answer)
         self._queue.append(waiting)
         self._changed.set()
         self._metrics.waiting.set(len(self._queue))
-        return await waiting.answer
+        found = await waiting.answer
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function between two batches."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def _run(self) -> None:
-        while not (self._is_closing and not self._queue):
+        while self._queue or not self._is_closing:
+            await (self._answer(self._next_batch()) if self._queue else self._changed.wait())
             self._changed.clear()
-            if not self._queue:
-                await self._changed.wait()
-                continue
-            batch = self._next_batch()
-            self._metrics.waiting.set(len(self._queue))
-            await self._answer(batch)
 
     def _next_batch(self) -> list[_Waiting]:
-        """Take the next batch from the queue. Queries of up to 255 events are equally small."""
+        """Take the next batch from the queue. Small queries are equally small."""
         oldest = self._queue[0] if self._is_oldest_next else None
-        order = sorted(self._queue, key=lambda each: (each is not oldest, (each.size >> 8).bit_length(), each.turn))
+        order = sorted(self._queue, key=lambda one: (one is not oldest, (one.size // _SMALL).bit_length(), one.turn))
         count = sum(total <= BATCH_SIZE for total in accumulate(each.size for each in order))
         batch = order[: min(max(1, count), self._settings.max_batch)]
         self._is_oldest_next = self._queue[0] not in batch
         self._turn = max(self._turn, *(each.turn for each in batch))
         self._queue = [each for each in self._queue if each not in batch]
+        self._metrics.waiting.set(len(self._queue))
         return batch
 
     async def _answer(self, batch: list[_Waiting]) -> None:
         begun = time.monotonic()
         answers: Sequence[Any]
         try:
-            queries = [waiting.query for waiting in batch]
-            answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, queries)
+            queries, is_alone = [waiting.query for waiting in batch], len(batch) == 1 and not self._queue
+            in_loop = is_alone and batch[0].in_loop and self._seconds_per_query < _LOOP_S
+            answers = self._compute(queries) if in_loop else await self.run(self._compute, queries)
         except Exception as error:  # a defect fails this batch, but not the server
             answers = [error] * len(batch)
         seconds = time.monotonic() - begun
@@ -193,9 +199,5 @@ class Batcher:
         self._metrics.batch_seconds.observe(seconds)
         self._seconds_per_query += 0.1 * (seconds / len(batch) - self._seconds_per_query)
         for waiting, answer in zip(batch, answers, strict=True):
-            if waiting.answer.done():  # its request was cancelled
-                continue
-            if isinstance(answer, Exception):
-                waiting.answer.set_exception(answer)
-            else:
+            if not waiting.answer.done():  # else its request was cancelled
                 waiting.answer.set_result(answer)

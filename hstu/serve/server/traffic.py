@@ -29,11 +29,11 @@ class Answering:
         self.live, self._users, self.cache = live, users, PrefixCache(settings.cache_bytes)
         self.batcher = Batcher(self._answers, settings, live.metrics)
 
-    async def ask(self, query: User) -> Answer:
+    async def ask(self, query: User, is_shadow: bool = False) -> Answer:
         """Answer a request. Raises Overloaded, StoreError, or ServingError if it does not fit the model."""
         client, answer = CURRENT.get().get("client", ""), Answer()
         with self.live.metrics.answer_seconds.time():
-            answer = await self.batcher.ask(query, query.size, client)
+            answer = await self.batcher.ask(query, query.size, client, query.items is not None and not is_shadow)
             while isinstance(answer, Iterator):
                 answer = await self.batcher.ask(answer, BATCH_SIZE + 1, client)  # alone, after what is smaller
         return answer
@@ -91,7 +91,7 @@ class Traffic:
         """Compute an answered request by the second model, log it, and compare the items or the scores."""
         outcome, version = "computed", self._second.live.current.version
         try:
-            own = await self._second.ask(query)
+            own = await self._second.ask(query, is_shadow=True)
             if self._of_shadow is not None:
                 self._of_shadow.add(query, own, CURRENT.get()["request_id"])
             self._observe(query, answer, own)

@@ -144,10 +144,7 @@ def initial_row_blocks(spec: TableSpec, seed: int, start: int, stop: int) -> Ite
 
 
 def look_up(ids: Tensor, weight: Tensor) -> Tensor:
-    """Return rows of a table, float32 [n, dim], for int64 ids [n].
-
-    The gradient is sparse on a CPU.
-    """
+    """Return rows of a table, float32 [n, dim], for int64 ids [n]. The gradient is sparse on a CPU."""
     return functional.embedding(ids, weight, sparse=weight.device.type == "cpu")
 
 
@@ -194,9 +191,7 @@ class ReplicatedTables(nn.Module):
 
     def weight(self, table: str) -> nn.Parameter:
         """Rows of one table, [rows, dim]."""
-        weight = self.tables[_module_name(table)].weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+        return self.tables[_module_name(table)].get_parameter("weight")
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Table → rows."""
@@ -209,17 +204,14 @@ class ReplicatedTables(nn.Module):
             return rows
         ids, pool = batch.features.to_dict(), batch.negatives
         pool_features = {} if pool.pool_features is None else pool.pool_features.to_dict()
-        for spec in self.specs.values():
-            for feature in spec.features:
-                rows[feature] = self._look_up(spec, ids[feature].values())
+        for name, weight in self.weights().items():
+            for feature in self.specs[name].features:
+                rows[feature] = look_up(ids[feature].values(), weight)
                 if feature in pool_features:
-                    rows[of_pool(feature)] = self._look_up(spec, pool_features[feature].values())
+                    rows[of_pool(feature)] = look_up(pool_features[feature].values(), weight)
                 if feature == self._item_feature and pool.pool_ids is not None:
-                    rows[POOL] = self._look_up(spec, pool.pool_ids)
+                    rows[POOL] = look_up(pool.pool_ids, weight)
         return rows
-
-    def _look_up(self, spec: TableSpec, ids: Tensor) -> Tensor:
-        return look_up(ids, self.weight(spec.name))
 
 
 def _module_name(table: str) -> str:

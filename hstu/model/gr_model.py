@@ -76,8 +76,7 @@ class GRModel(nn.Module):
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:
         """Compute the loss and the predictions of one batch."""
-        output: ModelOutput = self.dense(self.look_up(batch), batch)
-        return output
+        return self.dense(self.look_up(batch), batch)
 
     def look_up(self, batch: HSTUBatch) -> dict[str, Tensor]:
         """Rows of sharded tables: feature → [number of values, dim], the first argument of ``dense``.
@@ -104,8 +103,7 @@ class GRModel(nn.Module):
         )
         rows = self.rows_of({item: ids} | values)
         is_known = rows[item].any(dim=1) | join_rows(tower.features, rows, lengths).any(dim=1)
-        vectors: Tensor = tower(rows[item], rows, lengths) * is_known[:, None]
-        return vectors
+        return tower(rows[item], rows, lengths) * is_known[:, None]
 
     def rows_of(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rows [n, dim] for ids [n] per feature. Collective if a table is sharded."""

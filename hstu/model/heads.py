@@ -59,8 +59,7 @@ class MultiTaskHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns float32 outputs for any compute dtype."""
         if isinstance(self.trunk, MLP):
-            outputs: Tensor = self.trunk(x).float()
-            return outputs
+            return self.trunk(x).float()
         inputs = self.trunk(x).unbind(dim=1)
         return torch.cat([output(own).float() for output, own in zip(self.outputs, inputs, strict=True)], dim=1)
 

@@ -197,8 +197,7 @@ class SequenceInputs(nn.Module):
         if role in self.numbers:
             transformed = self.numbers[role](numbers)
             found.append(transformed.to(found[0].dtype) if found else transformed)
-        projected: Tensor = self.projections[role](torch.cat(found, dim=1))
-        return projected
+        return self.projections[role](torch.cat(found, dim=1))
 
     def _embed(self, role: str, feature: str, embeddings: Mapping[str, Tensor], num_rows: int, own: range) -> Tensor:
         """Rows ``own`` of a feature, projected to width D. Raises DataError unless it has ``num_rows`` rows."""
@@ -346,8 +345,7 @@ class ItemTower(nn.Module):
     def forward(self, rows: Tensor, of_features: Mapping[str, Tensor], list_lengths: Mapping[str, Tensor]) -> Tensor:
         """Vectors [n, E], not normalised. rows: of the ids, [n, E]; the rest as in :func:`join_rows`."""
         joined = join_rows(self.features, of_features, list_lengths)
-        vectors: Tensor = rows * self.scale + self.projection(joined * self.scale)
-        return vectors
+        return rows * self.scale + self.projection(joined * self.scale)
 
     def list_lengths(self, batch: HSTUBatch, key: str) -> dict[str, Tensor]:
         """List → number of values for each item under ``key``: the item feature, NEGATIVES or POOL."""

@@ -91,7 +91,7 @@ class ServingProgram(nn.Module):
         self.head = task.head if isinstance(task, RankingModel) else None
         self.tasks = task.tasks if isinstance(task, MultiTaskDense) else None
         if isinstance(task, RetrievalDense):
-            self.query_projection, self.l2_norm_eps = task.query_projection, task.l2_norm_eps
+            self.query_projection, self.l2_norm_eps = task.query_projection, task.args.l2_norm_eps
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -215,8 +215,7 @@ class _OfInputsAndWeights(nn.Module):
         self._program = (program,)  # a tuple, so that its parameters are not registered here
 
     def forward(self, inputs: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
-        outputs: Tensor | tuple[Tensor, ...] = functional_call(self._program[0], weights, (inputs,))
-        return outputs
+        return functional_call(self._program[0], weights, (inputs,))
 
 
 def key_of(program: ServingProgram, *options: object) -> str:

@@ -72,14 +72,10 @@ class RetrievalDense(nn.Module):
         self.encoder = encoder
         network, features = encoder.network, encoder.features
         hidden, width = network.hidden_size, network.item_width
-        tower = ItemTower(network, features) if features.tower else None
         self.query_projection = nn.Linear(hidden, width) if width != hidden else nn.Identity()
-        self.tower = tower
+        self.tower = ItemTower(network, features) if features.tower else None
         self.item_feature = features.item
-        self.temperature = args.temperature
-        self.l2_norm_eps = args.l2_norm_eps
-        self.mask_seen = args.mask_seen
-        self.later_target_weights = args.later_target_weights
+        self.args = args
         self.gather_pool = gather_pool
         self.log_counts = log_counts
         self.kernels = encoder.inputs.kernels
@@ -97,7 +93,10 @@ class RetrievalDense(nn.Module):
 
     def queries(self, tokens: Tensor) -> Tensor:
         """Normalised queries [n, item_width] of encoded tokens [n, hidden_size]."""
-        return self.kernels.l2_normalize(self.query_projection(tokens), self.l2_norm_eps)
+        return self._unit(self.query_projection(tokens))
+
+    def _unit(self, vectors: Tensor) -> Tensor:
+        return self.kernels.l2_normalize(vectors, self.args.l2_norm_eps)
 
     def _newest_queries(self, tokens: Tensor, layout: JaggedLayout) -> Tensor:
         """Queries at the newest token of each sequence, [B, item_width]; zeros for empty sequences."""
@@ -117,20 +116,20 @@ class RetrievalDense(nn.Module):
         item_ends = batch.features[self.item_feature].offsets()[1:]
         labelled_items = newest_elements(item_ends, batch.num_labels, batch.num_labels_total)[labels.own]
         items = self._vectors(embeddings, batch, self.item_feature)
-        positives = self.kernels.l2_normalize(items.index_select(0, labelled_items), self.l2_norm_eps)
+        positives = self._unit(items.index_select(0, labelled_items))
         drawn = None if batch.negatives.draws is None else batch.negatives.draws[labels.own]
         pool, pool_ids, repeats, draws = self._pool(items, embeddings, batch, drawn)
         negatives = Negatives(
             target_ids=batch.labels[labels.own],
             pool_ids=pool_ids,
-            temperature=self.temperature,
+            temperature=self.args.temperature,
             log_weights=self._log_weights(pool_ids, repeats, batch),
-            seen=find_seen(pool_ids, labelled_items, batch, self.item_feature) if self.mask_seen else None,
+            seen=find_seen(pool_ids, labelled_items, batch, self.item_feature) if self.args.mask_seen else None,
             draws=draws,
         )
         kernel = self.kernels.pool_softmax_loss if draws is None else self.kernels.sampled_softmax_loss
         loss = softmax_loss(queries, positives, pool, negatives, kernel)
-        if self.later_target_weights:
+        if self.args.later_target_weights:
             ends = item_ends[torch.searchsorted(item_ends, labelled_items, right=True)]
             loss = loss + self._of_later_targets(queries, positives, items, labelled_items, ends)
         return self.encoder.comm.sum_over_tokens(loss)
@@ -144,15 +143,14 @@ class RetrievalDense(nn.Module):
         queries, positives: [M, E], normalised. places: int64 [M], rows of the next items in ``items``. ends: int64 [M],
         where their sequences end.
         """
-        dtype = torch.promote_types(queries.dtype, torch.float32)
-        vectors = self.kernels.l2_normalize(items, self.l2_norm_eps)
+        dtype, vectors = torch.promote_types(queries.dtype, torch.float32), self._unit(items)
         targets, total = positives.to(dtype), torch.ones(len(places), 1, dtype=dtype, device=places.device)
-        for distance, weight in enumerate(self.later_target_weights, start=1):
+        for distance, weight in enumerate(self.args.later_target_weights, start=1):
             later = places + distance
             weights = weight * (later < ends).to(dtype).unsqueeze(1)
             targets = targets + weights * vectors.index_select(0, later.clamp(max=len(items) - 1))
             total = total + weights
-        return ((positives - targets / total) * queries).sum() / self.temperature
+        return ((positives - targets / total) * queries).sum() / self.args.temperature
 
     def _pool(
         self, items: Tensor, embeddings: Mapping[str, Tensor], batch: HSTUBatch, draws: Tensor | None
@@ -164,8 +162,8 @@ class RetrievalDense(nn.Module):
         """
         parts, repeats = [], None
         if NEGATIVES in embeddings:
-            drawn = self._vectors(embeddings, batch, NEGATIVES)
-            parts.append((self.kernels.l2_normalize(drawn, self.l2_norm_eps), batch.features[NEGATIVES].values()))
+            drawn = self._unit(self._vectors(embeddings, batch, NEGATIVES))
+            parts.append((drawn, batch.features[NEGATIVES].values()))
         if _has_batch_pool(batch):
             pool, ids = self._own_pool(items, embeddings, batch)
             largest = batch.negatives.largest_pool
@@ -195,12 +193,11 @@ class RetrievalDense(nn.Module):
 
     def _own_pool(self, items: Tensor, embeddings: Mapping[str, Tensor], batch: HSTUBatch) -> tuple[Tensor, Tensor]:
         """Normalised vectors and ids of the distinct items of this rank's batch; ``batch`` may be a part of it."""
-        if batch.negatives.pool_ids is not None:
-            pool = self._vectors(embeddings, batch, POOL)
-            return self.kernels.l2_normalize(pool, self.l2_norm_eps), batch.negatives.pool_ids
-        assert batch.negatives.pool_positions is not None
-        ids = batch.features[self.item_feature].values()[batch.negatives.pool_positions]
-        return self.kernels.l2_normalize(items.index_select(0, batch.negatives.pool_positions), self.l2_norm_eps), ids
+        positions, ids = batch.negatives.pool_positions, batch.negatives.pool_ids
+        if ids is not None:
+            return self._unit(self._vectors(embeddings, batch, POOL)), ids
+        assert positions is not None
+        return self._unit(items.index_select(0, positions)), batch.features[self.item_feature].values()[positions]
 
     def _vectors(self, embeddings: Mapping[str, Tensor], batch: HSTUBatch, key: str) -> Tensor:
         """Vectors of the items under ``key`` (the item feature, NEGATIVES or POOL), not normalised."""
@@ -209,8 +206,7 @@ class RetrievalDense(nn.Module):
             return rows
         key_of = {NEGATIVES: of_negatives, POOL: of_pool}.get(key, str)
         of_features = {name: embeddings[key_of(name)] for name in self.tower.features}
-        vectors: Tensor = self.tower(rows, of_features, self.tower.list_lengths(batch, key))
-        return vectors
+        return self.tower(rows, of_features, self.tower.list_lengths(batch, key))
 
 
 def _has_batch_pool(batch: HSTUBatch) -> bool:

@@ -1,8 +1,8 @@
 """The encoder of ranking and retrieval: inputs, and HSTU layers on kernels. Also what the models on it share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -133,64 +133,46 @@ class SequenceEncoder(nn.Module):
             own, part = self.comm.split_tokens(x, layout)
             del x  # frees the whole tokens where the layers pad or split them
             update: Tensor | None = None
-            cut: Truncation | None = None
+            remaining, restore = layout, None
             for index, layer in enumerate(self.layers, 1):
                 own, update = layer(own, part, update)
                 assert update is not None
                 if index == self.network.whole_layers < self.network.num_layers:
                     assert self.network.truncate_to_items is not None
                     x = self.comm.join_tokens(own + update, layout.num_tokens)
-                    cut = Truncation.of(x, layout, self.network.truncate_to_items, self.comm)
-                    own, part = self.comm.split_tokens(cut.remaining(), cut.layout)
+                    x, remaining, restore = truncate(x, layout, self.network.truncate_to_items, self.comm)
+                    own, part = self.comm.split_tokens(x, remaining)
+                    del x
                     update = None
             assert update is not None  # there is a layer
-            if cut is None:
-                return self.comm.join_tokens(own + update, layout.num_tokens).float(), layout
-            return cut.restore(self.comm.join_tokens(own + update, cut.layout.num_tokens)).float(), layout
+            x = self.comm.join_tokens(own + update, remaining.num_tokens)
+            return (x if restore is None else restore(x)).float(), layout
 
     @property
-    def layers(self) -> nn.ModuleList:
+    def layers(self) -> Sequence[FusedHSTULayer]:
         """The HSTU layers in order."""
-        layers = self.stack["layers"]
-        assert isinstance(layers, nn.ModuleList)
-        return layers
+        return cast(Sequence[FusedHSTULayer], self.stack["layers"])
 
 
-@dataclass(frozen=True)
-class Truncation:
-    """The tokens of a batch that remain after a truncation. Context-parallel ranks share them evenly again."""
+def truncate(
+    x: Tensor, layout: JaggedLayout, items: int, comm: LayerComm
+) -> tuple[Tensor, JaggedLayout, Callable[[Tensor], Tensor]]:
+    """Truncate the sequences of ``layout`` to their newest ``items`` items. x: this rank's tokens, [., D].
 
-    x: Tensor
-    """This rank's tokens before the truncation, [., D]."""
-    layout: JaggedLayout
-    """Layout of all remaining tokens."""
-    own: Tensor
-    """int64 [.]: indices in ``x`` of the tokens that remain."""
-    counts: list[int]
-    """Remaining tokens of each context-parallel rank, as split before the truncation."""
-    shares: list[int]
-    """Remaining tokens that each rank processes, as split after the truncation."""
-    comm: LayerComm
+    Context-parallel ranks share the remaining tokens evenly again. Returns (those of this rank; layout of all; function
+    from the outputs of the later layers to ``x`` with these in place of the remaining tokens).
+    """
+    shorter, tokens, left_of = truncate_history(layout, items)
+    ranges = comm.token_ranges(layout.num_tokens)
+    left = [left_of(of_rank) for of_rank in ranges]
+    own = left[comm.cp_rank]
+    indices = tokens[own.start : own.stop] - ranges[comm.cp_rank].start
+    counts, shares = ([*map(len, each)] for each in (left, comm.token_ranges(shorter.num_tokens)))
 
-    @classmethod
-    def of(cls, x: Tensor, layout: JaggedLayout, items: int, comm: LayerComm) -> Self:
-        """Truncate the sequences of ``layout`` to their newest ``items`` items. x: this rank's tokens."""
-        shorter, tokens, left_of = truncate_history(layout, items)
-        ranges = comm.token_ranges(layout.num_tokens)
-        left = [left_of(of_rank) for of_rank in ranges]
-        own = left[comm.cp_rank]
-        indices = tokens[own.start : own.stop] - ranges[comm.cp_rank].start
-        shares = comm.token_ranges(shorter.num_tokens)
-        return cls(x, shorter, indices, [len(each) for each in left], [len(each) for each in shares], comm)
+    def restore(rows: Tensor) -> Tensor:
+        return x.index_copy(0, indices, comm.take_rows(comm.gather_rows(rows, shares), counts))
 
-    def remaining(self) -> Tensor:
-        """Returns the tokens that this rank processes after the truncation."""
-        return self.comm.take_rows(self.comm.gather_rows(self.x.index_select(0, self.own), self.counts), self.shares)
-
-    def restore(self, rows: Tensor) -> Tensor:
-        """Returns ``x`` with the remaining tokens replaced by ``rows``, the outputs of the later layers."""
-        left = self.comm.take_rows(self.comm.gather_rows(rows, self.shares), self.counts)
-        return self.x.index_copy(0, self.own, left)
+    return comm.take_rows(comm.gather_rows(x.index_select(0, indices), counts), shares), shorter, restore
 
 
 class OwnRows(NamedTuple):

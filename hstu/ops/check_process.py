@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -66,7 +65,14 @@ def refusals(
     driver = DRIVER.read_text() if DRIVER.exists() else ""
     made_by = (sources, version, torch.__version__, torch.version.cuda, gpu, driver, shapes)
     key = f"{backend}_{hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]}"
-    return remembered(key, operators, partial(_check, backend, device, shapes))
+
+    def check(waiting: Sequence[str]) -> Decided:
+        decided: Decided = {}
+        while rest := [operator for operator in waiting if operator not in decided]:
+            decided |= _check_some(backend, device, shapes, rest)
+        return decided
+
+    return remembered(key, operators, check)
 
 
 def refusals_on_cpu(operators: Sequence[str]) -> dict[str, str]:
@@ -106,13 +112,6 @@ def remembered(key: str, operators: Sequence[str], check: Callable[[Sequence[str
         log.info("the check of kernels cannot be remembered (%s)", error)
         known = {operator: (reason, 0.0) for operator, reason in check(operators).items()}
     return {operator: known[operator][0] for operator in operators if known[operator][0] is not None}
-
-
-def _check(backend: Backend, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]) -> Decided:
-    decided: Decided = {}
-    while waiting := [operator for operator in operators if operator not in decided]:
-        decided |= _check_some(backend, device, shapes, waiting)
-    return decided
 
 
 def _check_some(

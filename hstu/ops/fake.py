@@ -14,23 +14,9 @@ import torch
 from torch import Tensor
 
 from hstu.data.batches.jagged import run_starts
-from hstu.ops import costs
+from hstu.ops import costs, kernels
 from hstu.ops.costs import Cost, TwoPasses
-from hstu.ops.kernels import (
-    AddLayerNormInputs,
-    AddLayerNormKernels,
-    AttentionInputs,
-    AttentionKernels,
-    Backend,
-    GateInputs,
-    GateKernels,
-    Gradient,
-    Kernels,
-    Loss,
-    Negatives,
-    ProjectionKernels,
-    RelativeBias,
-)
+from hstu.ops.kernels import AttentionInputs, Backend, Gradient, Loss, Negatives
 from hstu.ops.pytorch import softmax_loss
 from hstu.ops.pytorch.attention import ROWS_PER_BLOCK, groups
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
@@ -39,14 +25,14 @@ Report = Callable[..., None]
 """Called with the name of an operator, the cost of one of its passes, and the tensors that it reads."""
 
 
-def fake_kernels(backend: Backend, device_type: str, report: Report) -> Kernels:
+def fake_kernels(backend: Backend, device_type: str, report: Report) -> kernels.Kernels:
     """Fakes of the kernels that ``backend`` uses on a device. ``report`` is called once per pass of an operator."""
     fused = backend in (Backend.TRITON, Backend.CUTLASS)
     copies, is_cpp = backend is Backend.PYTORCH, backend is Backend.CPU
     loss = partial(_softmax_loss, report, softmax_loss.BLOCK_ELEMENTS[device_type], is_cpp)
     found = replace(
         REFERENCE_KERNELS,
-        attention=AttentionKernels(
+        attention=kernels.AttentionKernels(
             partial(_attention, report, copies),
             partial(_attention_backward, report, copies),
             differentiates_silu=not is_cpp,
@@ -56,13 +42,13 @@ def fake_kernels(backend: Backend, device_type: str, report: Report) -> Kernels:
         pool_softmax_loss=loss,
     )
     if backend is not Backend.PYTORCH:
-        gate = GateKernels(partial(_gate, report, fused), partial(_gate_backward, report), fused)
+        gate = kernels.GateKernels(partial(_gate, report, fused), partial(_gate_backward, report), fused)
         found = replace(found, norm_mul_dropout=gate)
     if is_cpp:
         found = replace(found, l2_normalize=lambda vectors, eps: _FakeUnit.apply(vectors.float(), report))
     if fused:
-        norm = AddLayerNormKernels(partial(_add_layer_norm, report), partial(_add_layer_norm_backward, report))
-        projection = ProjectionKernels(partial(_project, report), partial(_activate, report))
+        norm = kernels.AddLayerNormKernels(partial(_add_layer_norm, report), partial(_add_layer_norm_backward, report))
+        projection = kernels.ProjectionKernels(partial(_project, report), partial(_activate, report))
         found = replace(found, add_layer_norm=norm, project_uvqk=projection)
     return found
 
@@ -77,11 +63,11 @@ def _attention(report: Report, copies: bool, inputs: AttentionInputs) -> Tensor:
 
 def _attention_backward(
     report: Report, copies: bool, grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradient, Gradient]
-) -> RelativeBias | None:
+) -> kernels.RelativeBias | None:
     report("attention", _attention_cost(inputs).backward, grad, inputs.q, inputs.k, inputs.v)
     if copies:
         _copies(inputs, rows=7, padded=7, blocks=3)
-    return inputs.bias and RelativeBias(*map(torch.empty_like, inputs.bias))
+    return inputs.bias and kernels.RelativeBias(*map(torch.empty_like, inputs.bias))
 
 
 def _copies(inputs: AttentionInputs, rows: int, padded: int, blocks: int) -> list[Tensor]:
@@ -111,7 +97,7 @@ def _attention_cost(inputs: AttentionInputs) -> TwoPasses:
     return TwoPasses(*(cost._replace(flops=cost.flops * part) for cost in whole))
 
 
-def _gate(report: Report, saves_seed: bool, inputs: GateInputs) -> tuple[Tensor, Tensor, Tensor | None]:
+def _gate(report: Report, saves_seed: bool, inputs: kernels.GateInputs) -> tuple[Tensor, Tensor, Tensor | None]:
     """``saves_seed``: Triton saves a seed for the dropout mask; C++ saves the mask."""
     x, config, shape = inputs.x, inputs.config, inputs.x.flatten(1).shape
     report("norm, gate, dropout", _gate_cost(x).forward, x, inputs.u)
@@ -124,7 +110,7 @@ def _gate(report: Report, saves_seed: bool, inputs: GateInputs) -> tuple[Tensor,
 
 
 def _gate_backward(
-    report: Report, grad: Tensor, inputs: GateInputs, statistics: Tensor, mask: Tensor | None, grad_u: Gradient
+    report: Report, grad: Tensor, inputs: kernels.GateInputs, statistics: Tensor, mask: Tensor | None, grad_u: Gradient
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, comm, shape = inputs.x, inputs.config.comm, inputs.x.flatten(1).shape
     report("norm, gate, dropout", _gate_cost(x).backward, grad, x, inputs.u)
@@ -137,7 +123,7 @@ def _gate_cost(x: Tensor) -> TwoPasses:
     return costs.norm_mul_dropout(len(x), x.shape[1] * x.shape[2], x.element_size())
 
 
-def _add_layer_norm(report: Report, inputs: AddLayerNormInputs) -> tuple[Tensor, Tensor, Tensor]:
+def _add_layer_norm(report: Report, inputs: kernels.AddLayerNormInputs) -> tuple[Tensor, Tensor, Tensor]:
     x, others = inputs.x, () if inputs.update is None else (inputs.update,)
     cost = costs.add_layer_norm(len(x), x.shape[1], inputs.dtype.itemsize, x.element_size())
     report("residual and norm", cost.forward, x, *others)
@@ -149,7 +135,7 @@ def _add_layer_norm_backward(
     report: Report,
     grad: Tensor,
     grad_total: Tensor,
-    inputs: AddLayerNormInputs,
+    inputs: kernels.AddLayerNormInputs,
     statistics: Tensor,
     update_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

@@ -66,7 +66,7 @@ def hstu_attention(inputs: AttentionInputs, kernels: AttentionKernels, shift: Te
         grad_bias = kernels.backward(grad, given(v, q, k, tables), (of_q, of_k, of_v))
         return *grads, grad_shift, *(grad_bias or ())
 
-    (out,) = _differentiable(forward, backward, inputs.v, inputs.q, inputs.k, shift, *(inputs.bias or ()))
+    (out,) = _Differentiable.apply(forward, backward, 1, inputs.v, inputs.q, inputs.k, shift, *(inputs.bias or ()))
     return out
 
 
@@ -86,9 +86,7 @@ def add_layer_norm(inputs: AddLayerNormInputs, kernels: AddLayerNormKernels) -> 
         given = AddLayerNormInputs(total, None, weight, bias, inputs.eps, inputs.dtype)
         return kernels.backward(grad, grad_total, given, statistics, None if update is None else update.dtype)
 
-    tensors = inputs.x, inputs.update, inputs.weight, inputs.bias
-    total, normalized = _differentiable(forward, backward, *tensors, outputs=2)
-    return total, normalized
+    return _Differentiable.apply(forward, backward, 2, inputs.x, inputs.update, inputs.weight, inputs.bias)
 
 
 def project_uvqk(x: Tensor, weight: Tensor, bias: Tensor, kernels: ProjectionKernels) -> Tensor:
@@ -104,7 +102,7 @@ def project_uvqk(x: Tensor, weight: Tensor, bias: Tensor, kernels: ProjectionKer
         grad = torch.ops.aten.silu_backward(grad, projected)
         return grad @ weight, grad.t() @ x, grad.sum(0)
 
-    (out,) = _differentiable(forward, backward, x, weight, bias)
+    (out,) = _Differentiable.apply(forward, backward, 1, x, weight, bias)
     return out
 
 
@@ -130,29 +128,19 @@ def norm_mul_dropout(inputs: GateInputs, kernels: GateKernels, shift: Tensor | N
         _, grad_x, *affine = kernels.backward(grad, given, statistics, mask, Gradient(grad_u, before))
         return grad_x, grad_u, grad_shift, *affine
 
-    (out,) = _differentiable(forward, backward, inputs.x, inputs.u, shift, inputs.weight, inputs.bias)
+    (out,) = _Differentiable.apply(forward, backward, 1, inputs.x, inputs.u, shift, inputs.weight, inputs.bias)
     return out
 
 
-def _differentiable(
-    forward: Callable[..., tuple[Tensor | None, ...]],
-    backward: Callable[..., tuple[Tensor | None, ...]],
-    *inputs: Tensor | None,
-    outputs: int = 1,
-) -> tuple[Tensor, ...]:
-    """First ``outputs`` results of ``forward(*inputs)``. Gradients: ``backward(*grads, *inputs, *other_results)``."""
-    assert inputs[0] is not None
-    with torch.autocast(inputs[0].device.type, enabled=False):
-        results: tuple[Tensor, ...] = _Differentiable.apply(forward, backward, outputs, *inputs)
-    return results
-
-
 class _Differentiable(torch.autograd.Function):
+    """First ``outputs`` results of ``forward(*inputs)``. Gradients: ``backward(*grads, *inputs, *other_results)``."""
+
     @staticmethod
     def forward(
-        ctx: Any, forward: Callable[..., Any], backward: Callable[..., Any], outputs: int, *inputs: Tensor | None
+        ctx: Any, forward: Callable[..., Any], backward: Callable[..., Any], outputs: int, *inputs: Any
     ) -> tuple[Tensor, ...]:
-        results = forward(*inputs)
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            results = forward(*inputs)
         ctx.save_for_backward(*inputs, *results[outputs:])
         ctx.apply_backward = backward
         return tuple(results[:outputs])
@@ -180,8 +168,7 @@ def softmax_loss(queries: Tensor, positives: Tensor, pool: Tensor, negatives: Ne
     if negatives.log_weights is not None:
         negatives = replace(negatives, log_weights=negatives.log_weights.to(dtype))
     with torch.autocast(queries.device.type, enabled=False):
-        loss: Tensor = _SoftmaxLoss.apply(kernel, negatives, *(vector.to(dtype) for vector in vectors))
-        return loss
+        return _SoftmaxLoss.apply(kernel, negatives, *(vector.to(dtype) for vector in vectors))
 
 
 class _SoftmaxLoss(torch.autograd.Function):

@@ -209,7 +209,6 @@ def pad_tokens(layout: JaggedLayout, padding: int) -> JaggedLayout:
     """Append ``padding`` tokens, which form one more sequence."""
     if padding == 0:
         return layout
-
     seqlens, candidates = np.append(layout.seqlens, padding), np.append(layout.num_candidate_tokens_host, 0)
     return with_tokens(layout, seqlens, candidates, lambda of_tokens: functional.pad(of_tokens, (0, padding)))
 

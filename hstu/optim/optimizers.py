@@ -165,6 +165,7 @@ class DenseOptimizer:
         return self._shares.view(name, state)
 
 
+@dataclass(eq=False)
 class Optimizers:
     """The dense optimizer and the table optimizer, each driven by a learning-rate multiplier.
 
@@ -172,14 +173,11 @@ class Optimizers:
     ``state_tensors`` of both, which it restores in place, and the ``counters``.
     """
 
-    def __init__(
-        self, dense: DenseOptimizer, tables: TableOptimizer, tp_group: dist.ProcessGroup | None = None
-    ) -> None:
-        self.dense = dense
-        self.tables = tables
-        self.tp_group = tp_group
-        """The group over which dense parameters are sharded, if any."""
-        self.lr_multiplier = 1.0
+    dense: DenseOptimizer
+    tables: TableOptimizer
+    tp_group: dist.ProcessGroup | None
+    """The group over which dense parameters are sharded, if any."""
+    lr_multiplier: float = 1.0
 
     def set_lr_multiplier(self, multiplier: float, of_tables: float | None = None) -> None:
         """Multiply every learning rate from the next backward on. ``of_tables``: that of tables; None: ``multiplier``.

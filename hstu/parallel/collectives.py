@@ -1,7 +1,6 @@
 """Collectives for the model, metrics and checkpoints, on gloo and NCCL.
 
-A rank's loss is ``local sum / global count × data-parallel size``, and the optimizers average over ranks. The gradient
-of a gathered tensor is therefore the plain sum over the ranks that used it.
+The gradient of a gathered tensor is the plain sum over the ranks that used it: see :mod:`hstu.parallel.data_parallel`.
 
 The differentiable collectives of libraries work on NCCL only. megatron-core 0.16.1 allocates gathered tensors on the
 current CUDA device. In torch 2.13, torch.distributed.nn.functional's all-gather into one tensor refuses gloo in
@@ -66,8 +65,7 @@ def _apply(
 ) -> Tensor:
     if dist.get_world_size(group) == 1:
         return tensor
-    result: Tensor = _WithBackward.apply(tensor, forward, backward, group, scale)
-    return result
+    return _WithBackward.apply(tensor, forward, backward, group, scale)
 
 
 def _own_part(rows: Tensor, group: dist.ProcessGroup, counts: Sequence[int]) -> Tensor:

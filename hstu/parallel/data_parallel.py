@@ -14,6 +14,7 @@ FSDP frees and refills their storage. Source: Zhao et al., PyTorch FSDP, VLDB 20
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import compress
 from typing import cast
 
 import torch
@@ -43,7 +44,7 @@ class ReplicatedDense(DistributedDataParallel):
         super().__init__(dense, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.sent_as = sent_as
         """Dtype for exchanging gradients, which are float32 before and after."""
-        self.own_buckets_finite: list[Tensor] = []
+        self.own_finite: list[Tensor] = []
         """One bool scalar on the device per bucket averaged in this step."""
         self.register_comm_hook(self, ReplicatedDense.average_bucket)
         # By default DDP reorders its buckets after the first step, and the order of additions over three or more ranks
@@ -59,7 +60,7 @@ class ReplicatedDense(DistributedDataParallel):
         """Start averaging a bucket that DDP has filled; return a future of the averages."""
         gradients, group = bucket.buffer(), self.process_group
         sent = gradients.to(self.sent_as)  # no copy if the dtype is the same
-        self.own_buckets_finite.append(all_finite([sent]))  # if finite in this dtype, the average is finite as well
+        self.own_finite.append(all_finite([sent]))  # if finite in this dtype, the average is finite as well
         sent.mul_(1.0 / dist.get_world_size(group))  # the same bits as DDP's own averaging
         averaged = dist.all_reduce(sent, group=group, async_op=True).get_future()
         if sent is gradients:
@@ -116,7 +117,7 @@ class FullySharded(DefaultAllocMixin, ReduceScatter):
         self.group = mesh.dp_cp_group
         self.sent_as = sent_as
         """Dtype for exchanging gradients, which are float32 before and after."""
-        self.own_units_finite: list[Tensor] = []
+        self.own_finite: list[Tensor] = []
         """One bool scalar on the device per unit averaged in this step."""
         self.tables = list(dense.replicated.parameters())
         attributes = {name: vars(weight) for name, weight in dense.named_parameters()}
@@ -140,7 +141,7 @@ class FullySharded(DefaultAllocMixin, ReduceScatter):
     ) -> None:
         """FSDP's reduce-scatter: check this rank's gradients, then average as ReplicatedDense does, also on gloo."""
         sent = input_tensor.to(self.sent_as)
-        self.own_units_finite.append(all_finite([sent]))
+        self.own_finite.append(all_finite([sent]))
         sent.mul_(1.0 / dist.get_world_size(group))
         received = output_tensor.to(self.sent_as)
         dist.reduce_scatter_tensor(received, sent, group=group)
@@ -162,8 +163,7 @@ def shard_dense(
     sent_as: see FullySharded. computed_as: dtype of the matrix products of the layers.
     """
     if mesh.dp_cp_size > 1:
-        dense = model.dense
-        assert isinstance(dense, DenseModel)
+        dense = cast(DenseModel, model.dense)
         sharded = FullySharded(dense, mesh, sent_as, computed_as)
         dense.fully_sharded = sharded  # type: ignore[assignment]  # nn.Module declares only tensors and modules
     return model
@@ -171,8 +171,7 @@ def shard_dense(
 
 def fully_sharded(dense: nn.Module) -> FullySharded | None:
     """Return the FullySharded that ``shard_dense`` has attached to ``dense``, or None."""
-    found: FullySharded | None = getattr(dense, "fully_sharded", None)
-    return found
+    return getattr(dense, "fully_sharded", None)
 
 
 class FsdpWeights:
@@ -210,9 +209,7 @@ class FsdpWeights:
 
     def view(self, name: str, owned: Tensor) -> ShardedView:
         """Return a view of a weight-sized tensor, of which ``owned`` holds this rank's rows."""
-        weight = self._weights[name].detach()
-        assert isinstance(weight, DTensor)
-        return view_of(weight, owned)
+        return view_of(cast(DTensor, self._weights[name].detach()), owned)
 
     def _swap(self, owned: Mapping[str, Tensor]) -> None:
         for unit in self._sharded.units:
@@ -233,15 +230,12 @@ def unwrap_dense(model: GRModel) -> nn.Module:
 def own_gradients_finite(dense: nn.Module) -> Tensor:
     """Return whether this rank's dense gradients were finite before averaging: bool scalar. Call after backward."""
     gradients = [parameter.grad for parameter in dense.parameters() if parameter.grad is not None]
-    sharded = fully_sharded(dense)
-    if sharded is not None:
-        checked, sharded.own_units_finite = sharded.own_units_finite, []
-        rest = [numbers_of(gradient) for gradient in gradients if not isinstance(gradient, DTensor)]
-    elif isinstance(dense, ReplicatedDense):
-        checked, dense.own_buckets_finite = dense.own_buckets_finite, []
-        rest = [numbers_of(gradient) for gradient in gradients if gradient.is_sparse]
-    else:
+    averages = fully_sharded(dense) or (dense if isinstance(dense, ReplicatedDense) else None)
+    if averages is None:
         return all_finite([numbers_of(gradient) for gradient in gradients])
+    checked, averages.own_finite = averages.own_finite, []
+    is_left_out = [grad.is_sparse or not (isinstance(grad, DTensor) or averages is dense) for grad in gradients]
+    rest = [numbers_of(gradient) for gradient in compress(gradients, is_left_out)]
     return torch.stack([*checked, *([all_finite(rest)] if rest else [])]).all()
 
 

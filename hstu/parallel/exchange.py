@@ -101,5 +101,4 @@ ALONE = Exchange()
 
 def on_host(tensor: Tensor) -> np.ndarray:
     """The numbers of a tensor without gradient, whose memory it shares on a CPU."""
-    array: np.ndarray = tensor.cpu().numpy()
-    return array
+    return tensor.cpu().numpy()

@@ -47,12 +47,10 @@ def split_encoder(encoder: SequenceEncoder, mesh: Mesh) -> None:
 
     With NetworkArgs.sequence_parallel the tokens between the projections are also split over the tp group.
     """
-
     if mesh.tp_cp_size == 1:
         return
     encoder.comm = ProcessGroupComm(mesh, encoder.network.sequence_parallel)
     for layer in encoder.layers:
-        assert isinstance(layer, FusedHSTULayer)
         layer.config = replace(layer.config, comm=encoder.comm)
         if mesh.tp_size > 1:
             _split_weights(layer, mesh)

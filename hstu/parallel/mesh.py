@@ -34,15 +34,15 @@ _FILES_OF_A_RANK = 200
 _DROPOUT_STREAM = 0x64726F70  # makes the dropout seed of rank 0 differ from the seed of the initial weights
 
 
+@dataclass(eq=False)
 class Heartbeat:
     """Progress of the main thread, readable from any thread. All ranks set the same marks: fewer marks mean behind."""
 
-    def __init__(self) -> None:
-        self.iteration = 0
-        """The current training step, counted from 1; 0 before the first."""
-        self.stage = "starting"
-        self.marks = 0
-        self._at = time.monotonic()
+    iteration: int = 0
+    """The current training step, counted from 1; 0 before the first."""
+    stage: str = "starting"
+    marks: int = 0
+    _at: float = field(default_factory=time.monotonic)
 
     def mark(self, stage: str | None = None, iteration: int | None = None) -> None:
         """Count progress that all ranks make, and set ``stage`` and ``iteration`` if given."""

@@ -74,8 +74,7 @@ def shard_dim(parameter: Tensor) -> int | None:
     """Return the dimension along which Megatron's attributes shard a parameter, or None if it is replicated."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
-    dim: int = parameter.partition_dim  # type: ignore[attr-defined]
-    return dim
+    return parameter.partition_dim  # type: ignore[attr-defined]
 
 
 def global_view(shard: Tensor | ShardedView, dim: int, group: dist.ProcessGroup) -> ShardedView:

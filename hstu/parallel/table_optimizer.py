@@ -227,5 +227,4 @@ class TableOptimizer:
     def _state_key(self, name: str) -> str:
         """Return ``<table>.<state>``. TorchRec names the first state of every optimizer momentum1."""
         table, _, state = name.rpartition(".")
-        states = self.training[table].states
-        return f"{table}.{states[0 if state == 'momentum1' else 1]}"
+        return f"{table}.{self.training[table].states[0 if state == 'momentum1' else 1]}"

@@ -58,8 +58,7 @@ class SequentialPipeline(TrainPipeline):
 
     def progress(self, batches: Iterator[HSTUBatch]) -> StepResult:
         """See TrainPipeline.progress."""
-        batch = self._train_batch(next(batches)).to(self.step.mesh.device, non_blocking=True)
-        return self.step(batch)
+        return self.step(self._train_batch(next(batches)).to(self.step.mesh.device, non_blocking=True))
 
 
 class NativeStages(TrainPipelineSparseDist[TrainBatch, StepResult]):

@@ -41,25 +41,20 @@ class StepResult:
         return self.losses[0]
 
 
+@dataclass(eq=False)
 class TrainStep:
     """One optimizer step per call. All pipelines use it, and add only work that overlaps with it."""
 
-    def __init__(
-        self,
-        model: GRModel,
-        optimizers: Optimizers,
-        mesh: Mesh,
-        max_grad_norm: float = 0.0,
-        loss_scale: LossScale | None = None,
-    ) -> None:
-        self.model = model
-        self.optimizers = optimizers
-        self.mesh = mesh
-        self.max_grad_norm = max_grad_norm
-        self.loss_scale = loss_scale
-        self.measures_norms = False
-        """Whether the next step measures ``StepResult.grad_norms``."""
-        self.check = FiniteCheck(mesh, loss_scale)
+    model: GRModel
+    optimizers: Optimizers
+    mesh: Mesh
+    max_grad_norm: float = 0.0
+    loss_scale: LossScale | None = None
+    measures_norms: bool = False
+    """Whether the next step measures ``StepResult.grad_norms``."""
+
+    def __post_init__(self) -> None:
+        self.check = FiniteCheck(self.mesh, self.loss_scale)
 
     def __call__(self, batch: TrainBatch, overlap: Callable[[], None] = lambda: None) -> StepResult:
         """Train on a batch that is on the device.

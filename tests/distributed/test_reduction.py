@@ -75,7 +75,7 @@ def buckets_sent(mesh: Mesh, store: str) -> list[int]:
     assert isinstance(dense, ReplicatedDense)
     begun: list[int] = []
     for parameter in dense.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda _: begun.append(len(dense.own_buckets_finite)))
+        parameter.register_post_accumulate_grad_hook(lambda _: begun.append(len(dense.own_finite)))
     batches = source.train_batches(SamplerPosition())
     for _ in range(3):  # DDP cuts the buckets after the first step, by the order of that
         begun.clear()

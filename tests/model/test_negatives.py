@@ -1,5 +1,6 @@
 """Negatives: duplicates over ranks, padding, draws that no number of ranks changes, seen items, logQ correction."""
 
+import dataclasses
 from collections import defaultdict
 from random import Random
 
@@ -107,7 +108,7 @@ SEEN_OF_STEP = [
 def test_loss_and_gradients_equal_a_loop_that_leaves_out_what_the_user_has_seen(kind: str, backend: Backend) -> None:
     options, negatives_of_step = KINDS[kind]
     model, table = make_model(kernels=kernels_of(backend, DIM))
-    model.mask_seen = True
+    model.args = dataclasses.replace(model.args, mask_seen=True)
     batch = make_batch(HISTORIES, task="retrieval", seen_lists=BEFORE, **options)
     loss = run(model, table, batch).loss_sum
 

@@ -1,5 +1,6 @@
 """The retrieval model around a small encoder: which query meets which item, negatives, ranks, empty batches."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
@@ -113,7 +114,7 @@ def loss_by_loop(
             if log_counts is not None:
                 logits = logits - F.pad(log_counts[rivals], (1, 0))
             targets = F.normalize(table[items[place:]].double(), dim=1) @ query / ARGS.temperature
-            weights = torch.tensor([1.0, *model.later_target_weights], dtype=torch.float64)[: len(targets)]
+            weights = torch.tensor([1.0, *model.args.later_target_weights], dtype=torch.float64)[: len(targets)]
             total = total + logits.logsumexp(0) - targets[: len(weights)] @ weights / weights.sum()
             step += 1
     return total.float()
@@ -135,7 +136,7 @@ def test_loss_and_gradients_equal_a_loop_over_steps(
     kind: str, later: list[float], hidden_size: int, interleaved: bool
 ) -> None:
     model, table = make_model(hidden_size, interleaved)
-    model.later_target_weights = later
+    model.args = dataclasses.replace(model.args, later_target_weights=later)
     options, negatives_of_step = KINDS[kind]
     output = run(model, table, make_batch(HISTORIES, task="retrieval", **options))
     assert output.queries is None

@@ -142,8 +142,7 @@ def l2_normalize(vectors: Tensor, eps: float) -> Tensor:
     """See :attr:`hstu.ops.kernels.Kernels.l2_normalize`."""
     if vectors.dtype == torch.float64:
         return softmax_loss.l2_normalize(vectors, eps)
-    unit: Tensor = _Unit.apply(vectors.float(), eps)
-    return unit
+    return _Unit.apply(vectors.float(), eps)
 
 
 class _Unit(torch.autograd.Function):

@@ -22,8 +22,7 @@ COLUMNS = 512
 
 def jagged_concat(parts: Sequence[Tensor], order: TokenOrder) -> Tensor:
     """See :attr:`hstu.ops.kernels.Kernels.jagged_concat`. Parts may have any strides; each row is copied once."""
-    tokens: Tensor = _Concat.apply(order.inverse, *parts)
-    return tokens
+    return _Concat.apply(order.inverse, *parts)
 
 
 class _Concat(torch.autograd.Function):
@@ -50,8 +49,7 @@ class _Concat(torch.autograd.Function):
 
 def add_positions(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
     """See :attr:`hstu.ops.kernels.Kernels.add_positions`. The gradient of the table has the same bits in every run."""
-    encoded: Tensor = _AddPositions.apply(x, table, positions)
-    return encoded
+    return _AddPositions.apply(x, table, positions)
 
 
 class _AddPositions(torch.autograd.Function):

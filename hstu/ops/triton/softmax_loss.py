@@ -27,7 +27,7 @@ def sampled_softmax_loss(vectors: Sequence[Tensor], negatives: Negatives, wants_
     draws, temperature = negatives.draws, negatives.temperature
     assert draws is not None
     num_queries, num_draws = draws.shape
-    block_d = _padded(queries.shape[1])
+    block_d = max(16, triton.next_power_of_2(queries.shape[1]))
     shared = dict(
         pool=matrix(pool),
         draws=matrix(draws),
@@ -74,10 +74,6 @@ def _weights(negatives: Negatives) -> dict[str, Any]:
     log_weights, seen = negatives.log_weights, negatives.seen
     argument = (None, None, None) if seen is None else seen
     return dict(log_weights=log_weights, seen=argument, WEIGHTED=log_weights is not None, MASKED=seen is not None)
-
-
-def _padded(width: int) -> int:
-    return int(max(16, triton.next_power_of_2(width)))
 
 
 @triton.jit(do_not_specialize=["pool_size"], do_not_specialize_on_alignment=["target_ids", "pool_ids"])

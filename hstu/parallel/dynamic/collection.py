@@ -159,7 +159,7 @@ class ShardedDynamicCollection(DistinctIdsCollection):
         ``forward_stream`` already holds the lookup of the current step, which this waits for, but not yet its backward,
         which may run at the same time.
         """
-        cached = [table for table in self.tables.values() if table.rows.is_cached]
+        cached = [table for table in self.tables.values() if any(block.cache for block in table.rows.blocks)]
         batches = [(table, _ids_of(table, features)) for features in dist_input for table in cached]
         if batches and forward_stream is not None:
             torch.cuda.current_stream().wait_stream(forward_stream)

@@ -32,12 +32,12 @@ class RowBlock:
     cache: "FbgemmCache | None" = None
 
 
+@dataclass(frozen=True, eq=False)
 class Rows:
     """All blocks of a shard, concatenated: slot s is row s."""
 
-    def __init__(self, blocks: Sequence[RowBlock], dim: int) -> None:
-        self.blocks = list(blocks)
-        self.dim = dim
+    blocks: Sequence[RowBlock]
+    dim: int
 
     def __len__(self) -> int:
         return sum(len(block.weight) for block in self.blocks)
@@ -46,11 +46,6 @@ class Rows:
     def device(self) -> torch.device:
         """Device for looking up slots."""
         return self.blocks[0].weight.device
-
-    @property
-    def is_cached(self) -> bool:
-        """Whether rows can be prefetched into a cache."""
-        return any(block.cache is not None for block in self.blocks)
 
     @torch.no_grad()
     def initialize(self, slots: Tensor, weight: Tensor, states: Mapping[str, Tensor] | None = None) -> None:
@@ -175,16 +170,14 @@ class FbgemmCache:
     @property
     def lines(self) -> Tensor:
         """[lines, columns or more], live."""
-        lines: Tensor = self._kernel.lxu_cache_weights
-        return lines
+        return self._kernel.lxu_cache_weights
 
     def lines_of(self, rows: Tensor) -> Tensor:
         """Return the cache line of each of ``rows``, int [n]; negative if it is not cached."""
         kernel = self._kernel
-        lines: Tensor = torch.ops.fbgemm.lxu_cache_lookup(
+        return torch.ops.fbgemm.lxu_cache_lookup(
             self._indices(rows), kernel.lxu_cache_state, kernel.total_cache_hash_size
         )
-        return lines
 
     def load(self, rows: Tensor) -> None:
         """Cache ``rows``, int64 [n], except negative ones, without evicting lines of the last lookup or counting it."""

@@ -207,8 +207,7 @@ class TorchSlots(SlotTable):
 
     def lookup(self, ids: Tensor) -> Tensor:
         """See SlotTable."""
-        slots: Tensor = self._index.find(_hashed(ids))
-        return slots
+        return self._index.find(_hashed(ids))
 
     def content(self) -> tuple[Tensor, Tensor]:
         """See SlotTable; the ids are a copy."""

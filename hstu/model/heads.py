@@ -50,10 +50,8 @@ class MultiTaskHead(nn.Module):
         if sharing == "shared":
             self.trunk = MLP(hidden_size, [*hidden_widths, sum(task_widths)], activation, bias)
             return
-        if not hidden_widths:
-            raise ValueError(f"sharing = {sharing!r} mixes experts, and they need a layer: hidden_widths is empty")
-        own_experts = num_experts if sharing == "ple" else 0
-        self.trunk = _Mixture(hidden_size, hidden_widths, activation, bias, len(task_widths), num_experts, own_experts)
+        experts = num_experts, num_experts if sharing == "ple" else 0
+        self.trunk = _Mixture([hidden_size, *hidden_widths], activation, bias, len(task_widths), experts)
         self.outputs = nn.ModuleList(_linear(hidden_widths[-1], width, bias) for width in task_widths)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,24 +63,20 @@ class MultiTaskHead(nn.Module):
 
 
 class _Mixture(nn.Module):
-    """Tokens [M, in_width] → weighted mean of experts per task, [M, tasks, last width]. Shared experts come first."""
+    """Tokens [M, first width] → weighted mean of experts per task, [M, tasks, last width].
+
+    experts: numbers of shared experts, which come first, and of each task's own.
+    """
 
     def __init__(
-        self,
-        in_width: int,
-        widths: Sequence[int],
-        activation: str,
-        bias: bool,
-        num_tasks: int,
-        num_shared: int,
-        num_own: int,
+        self, widths: Sequence[int], activation: str, bias: bool, num_tasks: int, experts: tuple[int, int]
     ) -> None:
         super().__init__()
-        self.num_tasks, self.num_shared, self.num_own = num_tasks, num_shared, num_own
-        num_experts = num_shared + num_tasks * num_own
-        self.experts = nn.ModuleList(_ExpertLayer(num_experts, *layer, bias) for layer in pairwise([in_width, *widths]))
+        self.num_tasks, (self.num_shared, self.num_own) = num_tasks, experts
+        num_experts = self.num_shared + num_tasks * self.num_own
+        self.experts = nn.ModuleList(_ExpertLayer(num_experts, *layer, bias) for layer in pairwise(widths))
         self.activation = _ACTIVATIONS[activation]()
-        self.gates = _linear(in_width, num_tasks * (num_shared + num_own), bias=False)
+        self.gates = _linear(widths[0], num_tasks * sum(experts), bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = x

@@ -1,7 +1,7 @@
 """Compile kernels before they are launched: on all cores, and also for GPUs that this machine lacks.
 
 Triton kernels go to Triton's cache (TRITON_CACHE_DIR), CUTLASS kernels to ``hstu.base.files.cache_directory``. Both
-caches can be copied to a machine with the same package versions. Each backend's ``compile_ahead.py`` lists its kernels.
+caches can be copied to a machine with the same package versions. ``jobs`` of each backend lists its kernels.
 """
 
 import json

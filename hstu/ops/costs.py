@@ -114,19 +114,13 @@ def hidden_pairs(history: Floats, candidates: Floats, is_causal: bool, window: W
     return np.asarray(hidden + (0 if window.full_tokens else candidates * beyond))
 
 
-def attention(
-    tokens: Integers,
-    candidate_tokens: Integers,
-    num_heads: int,
-    head_dim: int,
-    element_size: int,
-    is_causal: bool = True,
-    window: Window = NO_WINDOW,
-) -> TwoPasses:
-    """Attention of one layer. Forward moves q, k, v and the output; backward moves these and their gradients."""
-    forward = float(attention_flops(tokens, candidate_tokens, num_heads, head_dim, is_causal, window).sum())
-    tensor = float(element_size * int(np.sum(tokens)) * num_heads * head_dim)
-    return TwoPasses(Cost(forward, 4 * tensor), Cost((ATTENTION_PASSES - 1) * forward, 8 * tensor, 2))
+def attention(flops: float, rows: int, width: int, element_size: int) -> TwoPasses:
+    """Attention of one layer, [rows, width]. Forward moves q, k, v and the output; backward these and their gradients.
+
+    flops: :func:`attention_flops` of all sequences.
+    """
+    tensor = float(element_size * rows * width)
+    return TwoPasses(Cost(flops, 4 * tensor), Cost((ATTENTION_PASSES - 1) * flops, 8 * tensor, 2))
 
 
 def add_layer_norm(rows: int, width: int, element_size: int, residual_size: int) -> TwoPasses:

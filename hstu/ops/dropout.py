@@ -36,18 +36,13 @@ def draw(shape: torch.Size, p: float, device: torch.device, stream: int | None =
     words = torch.empty(-(-elements // 4), dtype=torch.int64).random_(-(1 << 63), None, generator=generator)
     drawn = words.view(torch.int16)[:elements]
     # NumPy compares int16 three times as fast as PyTorch.
-    np.greater_equal(drawn.numpy(), _dropped(p) - _RESOLUTION // 2, out=mask.view(elements).numpy())
+    np.greater_equal(drawn.numpy(), round(p * _RESOLUTION) - _RESOLUTION // 2, out=mask.view(elements).numpy())
     return mask
 
 
 def scale_of(p: float, device: torch.device) -> float:
     """Factor of the elements that are kept."""
-    return _RESOLUTION / (_RESOLUTION - _dropped(p)) if device.type == "cpu" else 1 / (1 - p)
-
-
-def _dropped(p: float) -> int:
-    """Number of 16-bit values that mean dropped."""
-    return round(p * _RESOLUTION)
+    return _RESOLUTION / (_RESOLUTION - round(p * _RESOLUTION)) if device.type == "cpu" else 1 / (1 - p)
 
 
 def _generator_of(stream: int, device: torch.device) -> torch.Generator:

@@ -87,14 +87,13 @@ def _attention_cost(inputs: AttentionInputs) -> TwoPasses:
     window = costs.Window(config.max_span, config.full_tokens, layout.num_contextuals)
     lengths, candidates = layout.seqlens, layout.num_candidate_tokens_host
     _, heads, width = q.shape
-    whole = costs.attention(lengths, candidates, heads, width, q.element_size(), config.is_causal, window)
-    if inputs.queries is None:
-        return whole
-    starts = run_starts(lengths)
-    first, stop = (np.clip(bound - starts, 0, lengths) for bound in (inputs.queries.start, inputs.queries.stop))
-    pairs = stop**2 - first**2 if config.is_causal else (stop - first) * lengths
-    part = float(pairs.sum() / max(1, (lengths**2).sum()))
-    return TwoPasses(*(cost._replace(flops=cost.flops * part) for cost in whole))
+    flops = float(costs.attention_flops(lengths, candidates, heads, width, config.is_causal, window).sum())
+    if inputs.queries is not None:
+        starts = run_starts(lengths)
+        first, stop = (np.clip(bound - starts, 0, lengths) for bound in (inputs.queries.start, inputs.queries.stop))
+        pairs = stop**2 - first**2 if config.is_causal else (stop - first) * lengths
+        flops *= float(pairs.sum() / max(1, (lengths**2).sum()))
+    return costs.attention(flops, layout.num_tokens, heads * width, q.element_size())
 
 
 def _gate(report: Report, saves_seed: bool, inputs: kernels.GateInputs) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -87,8 +87,8 @@ def checks(backend: str, device: torch.device, shapes: KernelShapes | None) -> I
 
 def jobs(backend: str, shapes: KernelShapes | None, capability: int, operators: Sequence[str]) -> list[Job]:
     """Compile jobs of the kernels that the checks of these operators launch on a GPU."""
-    compiler = importlib.import_module(f"hstu.ops.{backend}.compile_ahead")
-    return list(compiler.jobs(shapes, capability, operators))
+    module = "cutlass.attention" if backend == Backend.CUTLASS else f"{backend}.compile_ahead"
+    return list(importlib.import_module(f"hstu.ops.{module}").jobs(shapes, capability, operators))
 
 
 def errors(case: Case, kernels: Any, device: torch.device) -> Errors:

@@ -87,12 +87,9 @@ class LayerGather(DefaultAllocMixin, AllGather):
     """
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype, ranks: int) -> None:
-        shares = [
-            (name, weight.numel() // len(weight) * -(-len(weight) // ranks))
-            for name, weight in layer.named_parameters()
-        ]
-        self.dtypes = [dtype if name in ROUNDED_WEIGHTS else torch.float32 for name, _ in shares]
-        self.counts = [count for _, count in shares]
+        weights = dict(layer.named_parameters())
+        self.dtypes = [dtype if name in ROUNDED_WEIGHTS else torch.float32 for name in weights]
+        self.counts = [weight.numel() // len(weight) * -(-len(weight) // ranks) for weight in weights.values()]
         """Numbers of each weight on a rank, padding included, in the order in which FSDP sends them."""
 
     def __call__(
@@ -115,10 +112,8 @@ class FullySharded(DefaultAllocMixin, ReduceScatter):
     def __init__(self, dense: DenseModel, mesh: Mesh, sent_as: torch.dtype, computed_as: torch.dtype) -> None:
         """Shard the weights of ``dense`` in place, except for replicated tables."""
         self.group = mesh.dp_cp_group
-        self.sent_as = sent_as
-        """Dtype for exchanging gradients, which are float32 before and after."""
-        self.own_finite: list[Tensor] = []
-        """One bool scalar on the device per unit averaged in this step."""
+        self.sent_as, self.own_finite = sent_as, list[Tensor]()
+        """See ReplicatedDense; ``own_finite`` has a scalar per unit."""
         self.tables = list(dense.replicated.parameters())
         attributes = {name: vars(weight) for name, weight in dense.named_parameters()}
         ranks = DeviceMesh.from_group(self.group, mesh.device.type)

@@ -16,7 +16,7 @@ from torch import Tensor
 from hstu.base.errors import UserError
 from hstu.config.args import PrecisionArgs
 from hstu.data.batches.batch import HSTUBatch
-from hstu.parallel.collectives import gather_objects
+from hstu.parallel.collectives import gather_objects, start_max
 from hstu.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -231,8 +231,6 @@ class StopSignal:
         """Raise Stopped on all ranks once any rank has received a signal, outside of steps. Collective over gloo."""
         received = int(self._check.received_signal or 0)
         if self._mesh.world_size > 1:
-            flag = torch.tensor([received])
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._mesh.world_group)
-            received = int(flag.item())
+            received = start_max(received, self._mesh.world_group, torch.device("cpu"))()
         if received:
             raise Stopped(signal.Signals(received).name)

@@ -53,9 +53,8 @@ def triton_rows(is_chosen: IsChosen, known: list[Row]) -> Iterator[Row]:
 
 def cutlass_rows(is_chosen: IsChosen, known: list[Row]) -> Iterator[Row]:
     """One row per kernel, head dim and compute capability, in bfloat16."""
-    from hstu.ops.cutlass.attention import compile_ahead
+    from hstu.ops.cutlass.attention import compile_ahead, kernel_name
     from hstu.ops.cutlass.attention import variants as cutlass_variants
-    from hstu.ops.cutlass.compile_ahead import kernel_name
 
     for variant in cutlass_variants():
         described = {"op": ATTENTION, "head_dim": variant.head_dim, "capability": 90}

@@ -292,7 +292,7 @@ def read_cutlass_kernel(variant: Any, ptx: str, cubin: bytes) -> Compiled:
         RuntimeError: the kernel needs more shared memory than the GPU has, or the compiler has serialized the
             asynchronous products, as it does when registers run out.
     """
-    from hstu.ops.cutlass.compile_ahead import kernel_name  # CUTLASS is not installed everywhere
+    from hstu.ops.cutlass.attention import kernel_name  # CUTLASS is not installed everywhere
 
     shape = variant.shape
     stationary = 1 if variant.num_inputs == 3 else 2

@@ -300,8 +300,3 @@ def test_outputs_of_tasks_are_float32_under_autocast_and_gradients_reach_every_w
         torch.testing.assert_close(output, exact, rtol=0.1, atol=0.1 * exact.abs().max().item())
     outputs.square().sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in head.parameters())
-
-
-def test_experts_without_a_layer_are_refused() -> None:
-    with pytest.raises(ValueError, match="hidden_widths is empty"):
-        MultiTaskHead(6, [], "relu", True, WIDTHS, "mmoe", 2)

@@ -64,9 +64,8 @@ def test_with_a_window_the_cost_grows_with_the_length() -> None:
     tokens, none = np.array([10_000, 20_000, 30_000]), np.zeros(3, int)
     one, two, three = sequence_flops(tokens, none, **TINY, windows=[Window(256, 128, 3)] * 2)
     assert three - two == pytest.approx(two - one)
-    whole, windowed = (
-        sum(cost.flops for cost in costs.attention(tokens, none, 2, 4, 2, window=Window(s, 0, 0))) for s in (None, 256)
-    )
+    flops = [costs.attention_flops(tokens, none, 2, 4, window=Window(span, 0, 0)).sum() for span in (None, 256)]
+    whole, windowed = (sum(cost.flops for cost in costs.attention(forward, 1, 1, 2)) for forward in flops)
     both = sequence_flops(tokens, none, **TINY, windows=[Window(None, 0, 0), Window(256, 0, 0)]).sum()
     assert sequence_flops(tokens, none, **TINY).sum() - both == pytest.approx(whole - windowed)
 
@@ -75,5 +74,6 @@ def test_with_a_window_the_cost_grows_with_the_length() -> None:
 def test_the_operators_of_a_layer_add_up_to_the_reported_count(is_causal: bool) -> None:
     tokens, candidates = np.array([10, 3]), np.array([4, 0])
     products = 3 * 2 * 13 * (8 * 4 * 8 + 8 * 8)  # a forward and two products backward of both projections
-    layer = products + sum(cost.flops for cost in costs.attention(tokens, candidates, 2, 4, 2, is_causal))
+    forward = costs.attention_flops(tokens, candidates, 2, 4, is_causal).sum()
+    layer = products + sum(cost.flops for cost in costs.attention(forward, 13, 8, 2))
     assert 2 * layer == sequence_flops(tokens, candidates, **TINY, is_causal=is_causal).sum()

@@ -35,8 +35,6 @@ FLAGS = (
     "-fno-tree-loop-distribute-patterns",  # a call of memmove per row would cost more than the row
     *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
 )
-
-
 pointer, int64, int32, float32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 strides = int64 * 2
 """Strides of the first two dimensions, in elements."""

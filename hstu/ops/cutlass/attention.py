@@ -7,7 +7,7 @@ import itertools
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -20,15 +20,16 @@ from cutlass.base_dsl.compiler import DumpDir, GPUArch, KeepCUBIN, KeepPTX
 from cutlass.cute.runtime import make_ptr
 from torch import Tensor
 
+from hstu.ops.compile_ahead import Job
 from hstu.ops.cutlass import objects
 from hstu.ops.cutlass.common import ROWS_OF_WARP, Shape
 from hstu.ops.cutlass.objects import LaunchArguments
 from hstu.ops.cutlass.schedule import Rows, leading_rows, list_blocks, num_ctas, work_of
 from hstu.ops.cutlass.sm90 import BackwardSm90, ForwardSm90
 from hstu.ops.cutlass.sm90_split import SplitBackwardSm90
-from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient
+from hstu.ops.kernels import AttentionConfig, AttentionInputs, Backend, Gradient, KernelShapes
 from hstu.ops.layout import JaggedLayout, to_device
-from hstu.ops.support import CUTLASS_HEAD_DIMS
+from hstu.ops.support import CUTLASS_CAPABILITY, CUTLASS_HEAD_DIMS, unsupported_reason
 
 ELEMENTS = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}
 ARCHITECTURE = "sm_90a"
@@ -53,12 +54,9 @@ def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradi
 
 
 def _launch(
-    kernel: Kernel,
-    inputs: list[Tensor],
-    outs: list[Gradient],  # also holds the output of forward
-    layout: JaggedLayout,
-    config: AttentionConfig,
+    kernel: Kernel, inputs: list[Tensor], outs: list[Gradient], layout: JaggedLayout, config: AttentionConfig
 ) -> None:
+    """``outs`` also holds the output of forward."""
     tokens, heads, head_dim = inputs[0].shape
     before = [out.before_silu for out in outs if out.before_silu is not None]
     if tokens == 0:
@@ -205,6 +203,27 @@ def save_compiled(variant: Variant) -> None:
         objects.save(_compile(variant, *objects.PORTABLE), variant)
 
 
+def jobs(shapes: KernelShapes | None, capability: int, operators: Sequence[str]) -> list[Job]:
+    """Compile jobs for the kernels that serve these shapes; empty if Triton serves them.
+
+    Backward kernels also without SiLU, as context parallelism and benchmarks launch them.
+    """
+    is_other = divmod(capability, 10) != CUTLASS_CAPABILITY or "attention" not in operators
+    if is_other or shapes is None or unsupported_reason(Backend.CUTLASS, "attention", shapes):
+        return []
+    fused = list(variants((shapes.dtype,), (shapes.head_dim,)))
+    without_silu = [replace(variant, through_silu=False) for variant in fused if variant.through_silu]
+    return [
+        Job(f"{kernel_name(variant)} ({variant.head_dim} channels)", functools.partial(save_compiled, variant))
+        for variant in (*fused, *without_silu)
+    ]
+
+
+def kernel_name(variant: Variant) -> str:
+    """Kernel name for tables."""
+    return f"{variant.kernel.value}_sm90"
+
+
 def compile_ahead(variant: Variant) -> tuple[str, bytes]:
     """PTX and machine code of a variant. Needs no GPU."""
     with tempfile.TemporaryDirectory() as folder:
@@ -237,5 +256,5 @@ def _examples(variant: Variant) -> tuple[Any, ...]:
     )
 
 
-def _pointer(dtype: Any, alignment: int = ALIGNMENT) -> Any:
-    return make_ptr(dtype, ALIGNMENT, cute.AddressSpace.gmem, assumed_align=alignment)
+def _pointer(dtype: Any) -> Any:
+    return make_ptr(dtype, ALIGNMENT, cute.AddressSpace.gmem, assumed_align=ALIGNMENT)

@@ -25,8 +25,6 @@ from hstu.base.files import cache_directory, digest_of, only_own, written_aside
 
 SYMBOL = "hstu_kernel"
 """Prefix of the symbols in every object file."""
-
-
 PORTABLE = (
     (HostTarget("llvm -mtriple=x86_64-unknown-linux-gnu -mcpu=x86-64"),) if platform.machine() == "x86_64" else ()
 )

@@ -138,15 +138,15 @@ def _padded_pairs(inputs: AttentionInputs, layout: PaddedLayout, num_earlier: in
     """Pairs of the tokens of a PaddedLayout with ``num_earlier`` padded tokens of the prefix, and with each other."""
     tokens, ends = layout.padded_tokens, layout.history_ends[:, None, None]
     j = torch.arange(num_earlier + tokens.shape[1], device=tokens.device)[None]
-    i, (asked, known) = j[:, num_earlier:], _times_of(inputs, tokens)
-    if layout.prefix_times is not None and known is not None:
-        known = torch.cat([layout.prefix_times, known], dim=1)
+    i, times = j[:, num_earlier:], _times_of(inputs, tokens)
+    if layout.prefix_times is not None and times is not None:
+        times = times[0], torch.cat([layout.prefix_times, times[1]], dim=1)
     if layout.prefix_lengths is None:
         ends = ends + num_earlier
     else:
         padding = num_earlier - layout.prefix_lengths[:, None]
         i, j = i - padding, j - padding
-    return _pairs_of(inputs, i[:, :, None], j[:, None], ends, asked, known, dtype)
+    return _pairs_of(inputs, i[:, :, None], j[:, None], ends, times, dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor, alpha: float) -> Tensor:
@@ -257,35 +257,29 @@ def _blocks(inputs: AttentionInputs, group: Group, dtype: torch.dtype) -> Iterat
         sees_later = not config.is_causal or (config.contextual_mask and start < layout.num_contextuals)
         keys = slice(0, tokens.shape[1] if sees_later else rows.stop)
         index = torch.arange(tokens.shape[1], device=tokens.device)
-        asked, known = _times_of(inputs, tokens)
-        if asked is not None and known is not None:
-            asked, known = asked[:, rows], known[:, keys]
+        times = _times_of(inputs, tokens)
+        if times is not None:
+            times = times[0][:, rows], times[1][:, keys]
         i, j = index[None, rows, None], index[None, None, keys]
-        yield rows, keys, _pairs_of(inputs, i, j, end, asked, known, dtype)
+        yield rows, keys, _pairs_of(inputs, i, j, end, times, dtype)
 
 
-def _times_of(inputs: AttentionInputs, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _times_of(inputs: AttentionInputs, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
     """int64 [b, n]: times of padded tokens as queries and as keys. None without a bias."""
     if inputs.bias is None:
-        return None, None
+        return None
     layout = inputs.layout
     assert layout.query_times is not None and layout.token_times is not None
     return F.pad(layout.query_times, (0, 1))[tokens], F.pad(layout.token_times, (0, 1))[tokens]
 
 
 def _pairs_of(
-    inputs: AttentionInputs,
-    i: Tensor,
-    j: Tensor,
-    end: Tensor,
-    asked: Tensor | None,
-    known: Tensor | None,
-    dtype: torch.dtype,
+    inputs: AttentionInputs, i: Tensor, j: Tensor, end: Tensor, times: tuple[Tensor, Tensor] | None, dtype: torch.dtype
 ) -> Pairs:
     """Pairs of queries at ``i`` [S, r, 1] and keys at ``j`` [S, 1, k], with their times [b, r] and [b, k]."""
     hidden = ~is_visible(i, j, end, inputs.layout, inputs.config)
     mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, MASKED)
-    if inputs.bias is None or asked is None or known is None:
+    if inputs.bias is None or times is None:
         return Pairs(mask, None, None)
     distances = distance_index(torch.minimum(i, end), torch.minimum(j, end), len(inputs.bias.position_weight))
-    return Pairs(mask, distances, time_buckets(asked[:, :, None] - known[:, None]))
+    return Pairs(mask, distances, time_buckets(times[0][:, :, None] - times[1][:, None]))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hstu.ops.kernels import AddLayerNormInputs, GateConfig, GateInputs, Gradient
+from hstu.ops.kernels import AddLayerNormInputs, GateInputs, Gradient
 from hstu.ops.triton.launch import row_launcher
 from hstu.ops.triton.primitives import elements, heads, matrix, sigmoid, silu_derivative
 
@@ -86,7 +86,11 @@ def gate_forward(inputs: GateInputs) -> tuple[Tensor, Tensor, Tensor | None]:
     if seed is not None:  # ranks with equal generators need different masks
         seed = (seed + config.comm.rank * 0x9E3779B1) % _SEEDS
     gated = torch.empty(len(x), len(inputs.weight), dtype=x.dtype, device=x.device)
-    statistics = _statistics(x, config)
+    if config.comm.tp_size > 1:
+        variance, mean = torch.var_mean(x.float(), dim=(1, 2), correction=0)
+        statistics = config.combine_statistics(torch.stack([mean, variance]))
+    else:
+        statistics = torch.empty(2, len(x), dtype=torch.float32, device=x.device)
     if len(x):
         shared = _shared(inputs, inputs.u, statistics, 0 if seed is None else int(seed))
         run = _over_rows(norm_mul_dropout_forward, x)
@@ -150,14 +154,6 @@ def _shared(inputs: GateInputs, u: Tensor, statistics: Tensor, seed: int) -> dic
         seed=seed,
         DROPPED=dropout > 0,
     )
-
-
-def _statistics(x: Tensor, config: GateConfig) -> Tensor:
-    """Memory for mean and rstd of each row, float32 [2, T]; already computed if several ranks share the rows."""
-    if config.comm.tp_size == 1:
-        return torch.empty(2, len(x), dtype=torch.float32, device=x.device)
-    variance, mean = torch.var_mean(x.float(), dim=(1, 2), correction=0)
-    return config.combine_statistics(torch.stack([mean, variance]))
 
 
 def _over_rows(kernel: Any, x: Tensor) -> Callable[..., object]:

@@ -58,8 +58,7 @@ class DynamicFeaturesDist(RwSparseFeaturesDist):
     def forward(self, sparse_features: KeyedJaggedTensor) -> Any:
         """See RwSparseFeaturesDist."""
         if any(self._hashed):
-            ends, ids = sparse_features.offset_per_key(), sparse_features.values()
-            by_feature = [ids[start:stop] for start, stop in pairwise(ends)]
+            by_feature = sparse_features.values().split(sparse_features.length_per_key())
             sent = [mix(own) if hashed else own for own, hashed in zip(by_feature, self._hashed, strict=True)]
             sparse_features = _with_values(sparse_features, torch.cat(sent))
         return super().forward(sparse_features)

@@ -17,7 +17,7 @@ from kernel_variants import Compiled, read_cutlass_kernel
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the CUTLASS kernels are NOT compiled here")
 
 from hstu.ops.compile_ahead import compile_all
-from hstu.ops.cutlass import attention, compile_ahead, hopper, objects
+from hstu.ops.cutlass import attention, hopper, objects
 from hstu.ops.cutlass.attention import Kernel, Variant
 from hstu.ops.cutlass.objects import LaunchArguments
 from hstu.ops.kernels import KernelShapes
@@ -51,7 +51,7 @@ def carried(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     made, found = tmp_path_factory.mktemp("made"), tmp_path_factory.mktemp("found")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(made))
-        jobs = compile_ahead.jobs(KernelShapes(32, 2, 64, 32, torch.bfloat16), 90, ["attention"])
+        jobs = attention.jobs(KernelShapes(32, 2, 64, 32, torch.bfloat16), 90, ["attention"])
         forward = [job for job in jobs if job.name == "forward_sm90 (32 channels)"]
         assert len(jobs) == 5 and [result.error for result in compile_all(forward, 2)] == [None]
         shutil.copytree(made, found, dirs_exist_ok=True)
@@ -106,7 +106,7 @@ def test_a_kernel_compiles_without_a_gpu_and_without_spills() -> None:
 def test_the_table_has_every_kernel_and_no_spills() -> None:
     rows = json.loads(TABLE.read_text())
     listed = [(row["kernel"], row["head_dim"]) for row in rows]
-    assert listed == [(compile_ahead.kernel_name(v), v.head_dim) for v in attention.variants()]
+    assert listed == [(attention.kernel_name(v), v.head_dim) for v in attention.variants()]
     assert not any(row["spill_instructions"] or row["stack_bytes"] for row in rows)
 
 

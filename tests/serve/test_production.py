@@ -10,6 +10,7 @@ import logging
 import re
 import resource
 import signal
+import socket
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -217,6 +218,31 @@ def test_one_client_cannot_fill_the_queue(tmp_path: Path) -> None:
         load.models[0].gate.set()
         assert [each.result().status for each in (first, *waiting, other)] == [200] * 4
         assert [each.history.items[0] for (each,) in load.models[0].batches] == [0, 4, 1, 2]
+
+
+@pytest.mark.parametrize("blanks", [0, 300_000])
+def test_a_request_whose_client_goes_while_it_waits_is_not_computed(tmp_path: Path, blanks: int) -> None:
+    load, settings = StubLoader(is_open=False), Settings(max_batch=1, max_waiting=1, poll_s=60)
+    with running(write_folder(tmp_path / "first"), load, settings) as client, ThreadPoolExecutor(2) as pool:
+
+        def waits(count: int) -> None:
+            until(lambda: f"hstu_waiting_requests {count}.0" in client.get("/metrics").text)
+
+        first = pool.submit(Client(client.port).post, "/embed", {"items": [0]})
+        until(lambda: load.models[0].batches)  # it is being computed
+        body = b'{"items": [1]}' + b" " * blanks
+        head = f"POST /embed HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+        with socket.create_connection(("127.0.0.1", client.port)) as connection:
+            connection.sendall(head.encode() + b"\r\n\r\n" + body)
+            waits(1)
+        waits(0)
+        last = pool.submit(Client(client.port).post, "/embed", {"items": [2]})
+        waits(1)
+        load.models[0].gate.set()
+        assert [each.result().status for each in (first, last)] == [200] * 2
+        assert [each.history.items for (each,) in load.models[0].batches] == [[0], [2]]
+        assert "hstu_gone_requests_total 1.0" in client.get("/metrics").text
+        assert 'path="/embed",status="499"} 1.0' in client.get("/metrics").text
 
 
 def shown_rows(folder: Path) -> list[dict[str, str]]:

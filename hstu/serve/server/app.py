@@ -150,7 +150,8 @@ def create_app(models: Callable[[], Sequence[LiveModel]], settings: Settings, me
     _add_error_handlers(app)
 
     async def written(query: Any, size: int = 0) -> Response:
-        return as_json(await writer.ask(query, size, CURRENT.get().get("client", "")))
+        # Events are stored also for a client that does not wait for the answer.
+        return as_json(await asyncio.shield(writer.ask(query, size, CURRENT.get().get("client", ""))))
 
     @app.post("/recommend", responses=_FAILURES)
     async def recommend(user: RecommendRequest) -> Response:

@@ -1,5 +1,6 @@
 """What requests pass: ids, the limit of their size, headers of answers, metrics, an answer to each defect, parsing."""
 
+import asyncio
 import json
 import logging
 import time
@@ -26,24 +27,40 @@ _HEADERS = [
 
 
 class BodyRoute(APIRoute):
-    """A route that gives a body to its function directly: FastAPI's way there takes as long as HTTP."""
+    """A route that gives a body to its function directly: FastAPI's way there takes as long as HTTP.
+
+    It cancels the function when the client closes the connection.
+    """
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request. FastAPI answers one that comes in pieces, is no JSON, or has mistakes."""
+        """Serve one request. FastAPI answers one that is no JSON or has mistakes."""
         received, content = list[Message](), None
         kind: Any = self.body_field and self.body_field.field_info.annotation
 
         async def again() -> Message:
-            return received.pop() if received else await receive()
+            return received.pop(0) if received else await receive()
+
+        async def gone() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
 
         if kind and scope["method"] == "POST" and (b"content-type", b"application/json") in scope["headers"]:
-            received.append(await receive())
+            while not received or received[-1].get("more_body"):
+                received.append(await receive())
             with suppress(KeyError, ValueError, RecursionError):
-                body = b"" if received[0].get("more_body") else received[0]["body"]
-                content = kind.model_validate(json.loads(body))
+                content = kind.model_validate(json.loads(b"".join(each["body"] for each in received)))
         if content is None:
             return await super().handle(scope, again, send)
-        answer: Response = await self.endpoint(content)
+        answering, going = asyncio.ensure_future(self.endpoint(content)), asyncio.ensure_future(gone())
+        going.add_done_callback(lambda _: answering.cancel())
+        try:
+            answer: Response = await answering
+        except asyncio.CancelledError:
+            if not going.done():
+                raise
+            answer = failure(499, "the client has gone")  # nobody reads it, but it is counted
+        finally:
+            going.cancel()
         await answer(scope, receive, send)
 
 

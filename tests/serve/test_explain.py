@@ -29,7 +29,7 @@ def explained(model: Model, history: History, shown: Candidates, at: int | None,
     assert isinstance(found, Iterator), found
     *steps, answer = found
     assert answer is not None
-    assert steps == [None] * -(-answer["compared_events"] // 4)  # others are answered after each four events
+    assert steps == [None] * -(-answer["compared_events"] // 2)  # others are answered before each two events
     return answer
 
 

@@ -196,7 +196,7 @@ def test_requests_need_a_key_of_the_file_as_it_is_now(tmp_path: Path, caplog: py
     assert "its key" not in caplog.text and "old key" not in caplog.text
 
 
-def test_one_client_cannot_fill_the_queue(tmp_path: Path) -> None:
+def test_one_client_cannot_fill_the_queue_and_what_nobody_waits_for_any_more_leaves_it(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(line_of("shop", "a") + line_of("app", "b"))
     settings = Settings(max_batch=1, max_waiting_per_client=2, poll_s=60, api_keys=tmp_path / "keys")
     load = StubLoader(is_open=False)
@@ -205,44 +205,28 @@ def test_one_client_cannot_fill_the_queue(tmp_path: Path) -> None:
         def ask(item: int, key: str) -> Reply:
             return Client(client.port).post("/embed", {"items": [item]}, authorization=f"Bearer {key}")
 
+        def wait_for(text: str) -> None:
+            until(lambda: f"hstu_{text}.0" in client.get("/metrics").text)
+
         first = pool.submit(ask, 0, "a")
         until(lambda: load.models[0].batches)  # it is being computed
+        head = b"POST /embed HTTP/1.1\r\nhost: a\r\nauthorization: Bearer a\r\ncontent-type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", client.port)) as gone:
+            gone.sendall(head + b"content-length: 300014\r\n\r\n" + b'{"items": [9]}' + b" " * 300_000)
+            wait_for("waiting_requests 1")
+        wait_for("gone_requests_total 1")
+        wait_for('requests_total{path="/embed",status="499"} 1')
         waiting = []
         for item in (1, 2):
             waiting.append(pool.submit(ask, item, "a"))
-            until(lambda: f"hstu_waiting_requests {len(waiting)}.0" in client.get("/metrics").text)
+            wait_for(f"waiting_requests {item}")
         reply = ask(3, "a")
         assert reply.status == 429 and "of shop" in reply.json["error"] and int(reply.headers["retry-after"]) >= 1
         other = pool.submit(ask, 4, "b")
-        until(lambda: "hstu_waiting_requests 3.0" in client.get("/metrics").text)
+        wait_for("waiting_requests 3")
         load.models[0].gate.set()
         assert [each.result().status for each in (first, *waiting, other)] == [200] * 4
         assert [each.history.items[0] for (each,) in load.models[0].batches] == [0, 4, 1, 2]
-
-
-@pytest.mark.parametrize("blanks", [0, 300_000])
-def test_a_request_whose_client_goes_while_it_waits_is_not_computed(tmp_path: Path, blanks: int) -> None:
-    load, settings = StubLoader(is_open=False), Settings(max_batch=1, max_waiting=1, poll_s=60)
-    with running(write_folder(tmp_path / "first"), load, settings) as client, ThreadPoolExecutor(2) as pool:
-
-        def waits(count: int) -> None:
-            until(lambda: f"hstu_waiting_requests {count}.0" in client.get("/metrics").text)
-
-        first = pool.submit(Client(client.port).post, "/embed", {"items": [0]})
-        until(lambda: load.models[0].batches)  # it is being computed
-        body = b'{"items": [1]}' + b" " * blanks
-        head = f"POST /embed HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-        with socket.create_connection(("127.0.0.1", client.port)) as connection:
-            connection.sendall(head.encode() + b"\r\n\r\n" + body)
-            waits(1)
-        waits(0)
-        last = pool.submit(Client(client.port).post, "/embed", {"items": [2]})
-        waits(1)
-        load.models[0].gate.set()
-        assert [each.result().status for each in (first, last)] == [200] * 2
-        assert [each.history.items for (each,) in load.models[0].batches] == [[0], [2]]
-        assert "hstu_gone_requests_total 1.0" in client.get("/metrics").text
-        assert 'path="/embed",status="499"} 1.0' in client.get("/metrics").text
 
 
 def shown_rows(folder: Path) -> list[dict[str, str]]:

@@ -8,12 +8,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,31 +66,26 @@ def test_a_share_of_the_users_is_answered_by_the_second_model_which_is_replaced_
     second, shown = shutil.copytree(other, tmp_path / "second/a").parent, tmp_path / "shown"
     options = ["--second_model", str(second), "--second_share", "0.3", "--poll_s", "0.2"]
     server, port = started(retrieval.folder, *options, "--users", str(tmp_path / "users.db"), "--shown_log", str(shown))
-    client, models = Client(port), {"retrieval": retrieval.model, "a": runtime.load(other)}
+    client = Client(port)
+    models = {retrieval.folder.parent.name: retrieval.model, "a": runtime.load(other)}
     seconds = {user for user in range(60) if place_of(user) < 0.3}
-    assert 8 < len(seconds) < 28 and seconds == {int(user) for user in map(str, range(60)) if place_of(user) < 0.3}
-    for user in range(60):
-        events = [
-            event(60 * place, item, user, action=1 + (place == 1)) for place, item in enumerate(history(user)["items"])
-        ]
-        assert client.post("/events", {"events": events}).status == 200
-    for _ in range(2):  # keys and values are kept, of each model its own
-        for user in range(60):
-            answer = client.post("/recommend", {"user": user, "k": 3}).json
-            name = "a" if user in seconds else retrieval.folder.parent.name
+    assert 8 < len(seconds) < 28 and seconds == {user for user in range(60) if place_of(str(user)) < 0.3}
+    events = [
+        event(60 * place, item, user, action=1 + (place == 1))
+        for user in range(60)
+        for place, item in enumerate(history(user)["items"])
+    ]
+    assert client.post("/events", {"events": events}).status == 200
+    for user in [*range(60)] * 2:  # keys and values are kept, of each model its own
+        name = "a" if user in seconds else retrieval.folder.parent.name
+        for asked in ({"user": user, "k": 3}, {**history(user), "user": str(user), "k": 3}):
+            answer = client.post("/recommend", asked).json
             assert answer["model"].startswith(f"{name}@")
-            model = models["a" if user in seconds else "retrieval"]
-            assert [each["item"] for each in answer["items"]] == expected(model, user)
-            vector = client.post("/embed", {**history(user), "user": str(user)}).json
-            assert vector["model"] == answer["model"]
-            assert vector["vector"] == pytest.approx(
-                model.embed(History(user, **history(user))).tolist(), abs=TOLERANCE
-            )
+            assert [each["item"] for each in answer["items"]] == expected(models[name], user)
     assert metric(client, "hstu_second_answer_seconds_count") == 4 * len(seconds)
     assert metric(client, "hstu_answer_seconds_count") == 4 * (60 - len(seconds))
-    second_health = client.get("/health").json["second"]
-    assert second_health["model"].startswith("a@")
-    assert (second_health["share"], second_health["shadow"]) == (0.3, False)
+    health = client.get("/health").json["second"]
+    assert health["model"].startswith("a@") and (health["share"], health["shadow"]) == (0.3, False)
     nobody = {client.post("/embed", history(0), X_Request_Id=str(number)).json["model"] for number in range(20)}
     assert len(nobody) == 2
     shutil.copytree(other, second / "b")
@@ -137,10 +131,7 @@ def test_a_shadow_answers_nobody_and_is_logged_apart_from_what_was_shown(
             assert [int(row["item"]) for row in rows if row["request"] == f"r{user}"] == expected(model, user)
 
 
-@dataclass
 class Failing(StubModel):
-    """Has a defect."""
-
     def _answer(self, request: User) -> Answer | Exception:
         return RuntimeError("a defect") if request.history.items[0] == 1 else super()._answer(request)
 
@@ -156,11 +147,10 @@ def test_a_slow_or_failing_shadow_changes_no_answer(
     monkeypatch.setattr(logging.getLogger("hstu"), "propagate", True)
     slow: Any = Failing("second")
     settings = Settings(poll_s=3600, max_waiting=2, second_model=write_folder(tmp_path / "second"), shadow=True)
-    with running(write_folder(tmp_path / "first"), StubLoader(), settings, lambda *_: slow) as client:
-        for number in range(10):
-            begun = time.monotonic()
+    with running(write_folder(tmp_path / "first"), StubLoader(), settings, lambda *_: slow) as own:
+        client = Client(own.port, timeout_s=5)
+        for number in range(10):  # the shadow computes until its gate opens
             assert client.post("/embed", {"items": [number % 2]}).json["vector"] == [number % 2]
-            assert time.monotonic() - begun < 5, "the shadow computes until its gate opens"
         until(lambda: shadows(client, "dropped") >= 7)
         slow.gate.set()
         for _ in range(4):
@@ -185,10 +175,7 @@ def test_a_second_model_that_cannot_take_the_place_of_the_first_is_refused(
 
     first = ServedModel(retrieval.model, "first")
     strange = runtime.load(export_with(retrieval.folder, tmp_path / "strange", rename))
-    for model, problem in (
-        (ranking.model, "it is a ranking model, and the first is a retrieval model"),
-        (strange, "it has no item of the first model, such as 1000"),
-    ):
+    for model, problem in ((ranking.model, "it is a ranking model, and"), (strange, "it has no item .* such as 1000")):
         with pytest.raises(ServingError, match=problem):
             suitable(ServedModel(model, "second"), first)
 
@@ -201,20 +188,16 @@ def test_a_second_model_that_cannot_take_the_place_of_the_first_is_refused(
         ("--second_model a", EXIT_BAD_CONFIG, "--second_model needs --second_share, of the users"),
         ("--second_model a --second_share 1.5", EXIT_BAD_CONFIG, "1.5 is not from 0 to 1"),
         ("--api_keys {0}/no.keys", EXIT_BAD_DATA, "no.keys cannot be read"),
-        ("--users {0}/users.db --follow {0}", EXIT_BAD_CONFIG, "give a file, in a folder that is there"),
         ("--follow {0}/events.jsonl", EXIT_BAD_CONFIG, "--follow needs --users"),
     ],
 )
 def test_mistakes_in_options_are_named_before_a_model_is_loaded(
     options: str, code: int, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found: object
-    try:
-        found = serve.main(["--export", str(tmp_path / "none"), "--port", "0", *options.format(tmp_path).split()])
-    except SystemExit as exit_:
-        found = exit_.code
+    with pytest.raises(SystemExit) as exit_:
+        sys.exit(serve.main(["--export", str(tmp_path / "none"), "--port", "0", *options.format(tmp_path).split()]))
     error = capsys.readouterr().err
-    assert found == code and problem in error and "no export" not in error
+    assert exit_.value.code == code and problem in error and "no export" not in error
 
 
 @contextmanager
@@ -250,22 +233,18 @@ def test_users_of_a_killed_server_are_answered_rightly_by_the_other(retrieval: S
 
     with proxy(tmp_path, [port for _, port in servers]) as client:
         until(lambda: client.get("/ready").status == 200)
-        for user in range(20):
-            events = [event(time, 1000 + time, user) for time in range(4)]
-            assert client.post("/events", {"events": events}).status == 200
-        places = list[int]()
+        events = [event(time, 1000 + time, user) for time in range(4) for user in range(20)]
+        assert client.post("/events", {"events": events}).status == 200
         for user in range(20):
             before = answered()
-            for _ in range(2):
-                assert client.post("/embed", {"user": user}).status == 200
-            places.append([now - old for now, old in zip(answered(), before, strict=True)].index(2))
-        assert {*places} == {0, 1}, "each user has one server, and each server has users"
+            assert [client.post("/embed", {"user": user}).status for _ in range(2)] == [200] * 2
+            assert 2 in [now - old for now, old in zip(answered(), before, strict=True)], "each user has one server"
+        assert all(answered()), "each server has users"
         servers[0][0].send_signal(signal.SIGKILL)
         servers[0][0].wait()
         for user in range(20):
             client.post("/events", {"events": [event(9, 1006, user)]})
             found = client.post("/embed", {"user": user}).json["vector"]
-            items = [1000, 1001, 1002, 1003, 1006]
-            whole = History(user, items=items, actions=[1] * 5, timestamps=[0, 1, 2, 3, 9])
+            whole = History(user, items=[*ITEMS, 1003, 1006], actions=[1] * 5, timestamps=[0, 1, 2, 3, 9])
             assert found == pytest.approx(retrieval.model.embed(whole).tolist(), abs=TOLERANCE)
     ended(servers[1][0])

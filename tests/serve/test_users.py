@@ -190,8 +190,56 @@ def test_what_is_popular_are_the_events_of_all_servers_of_a_store(
     for users, models in servers:
         users.count_recent(models)
         for each in models:
-            assert each.recent == {"1001": pytest.approx(12, 1e-3), "1002": pytest.approx(15, 1e-3)}
+            assert each.recent == {"": {"1001": pytest.approx(12, 1e-3), "1002": pytest.approx(15, 1e-3)}}
         users.close()
+
+
+def test_what_is_popular_in_a_context_is_answered_also_after_a_restart(
+    retrieval: Served, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(users_module, "_COUNT_S", 0)
+    now, numbers, known = int(clock()), [30, 20, 5], retrieval.model.popularity  # 5 events of a town are not enough
+    assert known is not None
+    towns = [town for town, number in enumerate(numbers) for _ in range(number)]
+    events = [event(now, 1001 + town, each, context={"town": town}) for each, town in enumerate(towns)]
+    counts = torch.tensor([0, *numbers, *[0] * (len(known) - 4)])
+    overall = (10 * known + counts) / (10 * known + counts).max()
+    for is_new in (True, False):
+        with serving(retrieval, Settings(poll_s=0.02, users=place)) as client:
+
+            def popular(**context: Any) -> Any:
+                return client.post("/recommend", {"items": [], "k": 11, "context": context}).json
+
+            assert not is_new or client.post("/events", {"events": events}).json["in_order"] == 55
+            until(lambda: popular(town=0)["popular_in"])
+            for town, contexts in ((0, ["town=0"]), ("1", ["town=1"]), (2, []), (9, [])):
+                scores = 10 * overall + counts * (torch.arange(len(counts)) == int(town) + 1) * bool(contexts)
+                found, expected = popular(town=town), (scores / scores.max()).tolist()
+                assert (found["fallback"], found["popular_in"]) == ("popular", contexts)
+                assert {each["item"]: each["score"] for each in found["items"]} == {
+                    1000 + item: pytest.approx(expected[item], 1e-3) for item in range(11)
+                }
+            wrong = client.post("/events", {"events": [event(now, context={"twon": 0})]}).json
+            for mistake in (popular(twon=0), wrong):
+                assert "no contextual feature 'twon'; it has town (" in mistake["error"]
+
+
+def test_counts_of_contexts_are_bounded_and_a_number_counts_as_its_range(
+    ranking: Served, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, most in (("COUNT_S", 0), ("MOST_CONTEXTS", 2), ("MOST_ITEMS", 4), ("MOST_ITEMS_OF_CONTEXT", 2)):
+        monkeypatch.setattr(users_module, f"_{name}", most)
+    monkeypatch.setitem(ranking.model.facts, "contextual", ["watched"])
+    users, served, now = Users(store, Metrics()), ServedModel(ranking.model, "first"), int(clock())
+    features = dict.fromkeys(served.event_features)
+    for watched, count in ((0.1, 1), (0.2, 2), (0.7, 3), (2, 4), (8, 5), (9, 5), ("fridge", 6)):
+        own = {"context": {"watched": watched}, "features": features}
+        written(users, served, *(event(now, 1000 + count + n, id=f"{watched} {n}", **own) for n in range(count)))
+    for _ in range(2):
+        users.count_recent([served])
+    kept = {context: len(items) for context, items in served.recent.items()}
+    assert kept == {"": 4, "watched=value 002": 2, "watched=value 003": 2}
+    assert [*served.recent["watched=value 003"].values()] == pytest.approx([2, 2], 1e-3)
 
 
 def test_a_newer_model_reads_features_that_older_events_lack_as_missing(

@@ -63,8 +63,7 @@ class ModelMetrics:
         self.batch_seconds = timing(f"{prefix}_batch_seconds", "Time to compute a batch")
         self.batch_sizes = Histogram(f"{prefix}_batch_size", "Requests in a batch", buckets=_SIZES, registry=registry)
         self.waiting = Gauge(f"{prefix}_waiting_requests", "Requests that wait to be computed", registry=registry)
-        text = "Requests whose client went away before they were computed"
-        self.gone = Counter(f"{prefix}_gone_requests", text, registry=registry)
+        self.gone = Counter(f"{prefix}_gone_requests", "Requests whose client left the queue", registry=registry)
         self.cache_bytes = Gauge(f"{prefix}_cache_bytes", "Memory of keys and values of users", registry=registry)
         self.shown = Counter(f"{prefix}_shown", "Answers in the log of what was shown", ["outcome"], registry=registry)
         self.swaps = Counter(f"{prefix}_model_swaps", "Newer exports that have replaced older ones", registry=registry)
@@ -143,10 +142,9 @@ class Batcher:
         self._thread.shutdown()
 
     async def ask(self, query: Any, size: int = 0, client: str = "", in_loop: bool = False) -> Any:
-        """Answer a query of ``size`` events and candidates. Raises Overloaded, or the exception of ``compute``.
+        """Answer a query of ``size`` events and candidates, unless it is cancelled while it waits.
 
-        A query that is cancelled while it waits is not computed.
-        ``client``: who asks, of whom a limited number of queries may wait. "": nobody whose queries are limited.
+        Raises Overloaded, or the exception of ``compute``. ``client``: whose queries may wait in a limited number.
         ``in_loop``: the event loop may compute it, if it is small and waits alone, because that waits for no disk and
         no other program. Going to the thread and back waits for a core twice on busy machines.
         """

@@ -40,10 +40,6 @@ class BodyRoute(APIRoute):
         async def again() -> Message:
             return received.pop(0) if received else await receive()
 
-        async def gone() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-
         if kind and scope["method"] == "POST" and (b"content-type", b"application/json") in scope["headers"]:
             while not received or received[-1].get("more_body"):
                 received.append(await receive())
@@ -51,7 +47,7 @@ class BodyRoute(APIRoute):
                 content = kind.model_validate(json.loads(b"".join(each["body"] for each in received)))
         if content is None:
             return await super().handle(scope, again, send)
-        answering, going = asyncio.ensure_future(self.endpoint(content)), asyncio.ensure_future(gone())
+        answering, going = asyncio.ensure_future(self.endpoint(content)), asyncio.ensure_future(receive())
         going.add_done_callback(lambda _: answering.cancel())
         try:
             answer: Response = await answering

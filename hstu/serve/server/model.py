@@ -19,11 +19,11 @@ from hstu.serve.runtime.model import Lists
 from .rules import Catalog, chosen_items
 
 MAX_EVENTS, MAX_CANDIDATES, MAX_RECOMMENDED, MAX_POSTED = 10_000, 1_000, 1_000, 1_000
-_MAX_EXPLAINED, _MAX_COMPARED, _COMPARED_AT_ONCE = 10, 50, 4
+_MAX_EXPLAINED, _MAX_COMPARED, _COMPARED_AT_ONCE = 10, 50, 2
 """Of an explanation: candidates, events to leave out, and how many of them before other requests are answered."""
 _MAX_TEXT = 1_000
-_MOST_OF_DATA = 10
-"""New events as which the data's most popular item counts, others in proportion."""
+_MOST_OF_DATA, _LEAST_OF_CONTEXT = 10, 10
+"""New events as which the data's most popular item counts, others in proportion; how many a context must have."""
 _NOT_FINITE = "the model gives no finite number for this request; look for extreme numbers in it"
 
 Text = Annotated[StrictStr, Field(max_length=_MAX_TEXT)]
@@ -95,8 +95,8 @@ class RecommendRequest(User):
     @property
     def has_rules(self) -> bool:
         """Whether more than lists of items decides what is recommended."""
-        limits = (self.min_score, self.most_per_category)
-        return bool(self.quotas or self.diversity or self.exploration) or any(each is not None for each in limits)
+        is_limited = (self.min_score, self.most_per_category) != (None, None)
+        return bool(self.quotas or self.diversity or self.exploration) or is_limited
 
 
 class ScoreRequest(User):
@@ -115,8 +115,8 @@ class ScoreRequest(User):
 
     @property
     def size(self) -> int:
-        """Number of events and candidates in the request."""
-        return super().size + len(self.candidates)
+        """Number of events and candidates to compute."""
+        return (super().size + len(self.candidates)) * (1 + _MAX_COMPARED * bool(self.explain))
 
     @property
     def shown(self) -> Candidates:
@@ -133,6 +133,7 @@ class Event(BaseModel):
     timestamp: Seconds = Field(description="Seconds since 1970")
     action: Id | None = Field(None, description="If the model reads actions")
     features: dict[Name, Value] = Field({}, description="The features that GET /model calls required → value")
+    context: dict[Name, Number | Text | None] = Field({}, description="Where it is popular, by context; not stored")
     id: Id | None = Field(
         None, description="One of a kind among the events of the user. Default: the time and the item, together"
     )
@@ -147,7 +148,9 @@ class EventsRequest(BaseModel):
 
 Answer = dict[str, Any]
 """JSON: "model", its version; "items", "scores" or "vector"; "unknown_items", and "unknown" with values of the action
-and of each feature, which the model does not have; "fallback" if the items are those of a user without events."""
+and of each feature, which the model does not have; "fallback" and "popular_in" for users without events."""
+Recent = Mapping[str, Mapping[str, float]]
+"""Context, such as "country=DE", or "" for all → item → number of new events, weighted by age."""
 Result = Answer | Exception | Iterator[Answer | None]  # an answer in steps: None, until it is there
 
 
@@ -161,17 +164,45 @@ class ServedModel:
         """What the server's item file says of the items."""
         self.popularity = model.popularity
         """Score of each item for users without events, [items + 1]."""
-        self.recent: Mapping[str, float] = {}
+        self.recent: Recent = {}
+        self._recent_in: dict[str, tuple[Tensor, Tensor]] = {}
+        """Context with enough new events → their items, int64 [n], and how many there are, float32 [n]."""
         self._titles = [title.casefold() for title in model.titles]
 
-    def set_recent(self, recent: Mapping[str, float]) -> None:
-        """Count new events as popularity, too. ``recent``: item → how many there are, weighted by age."""
+    def set_recent(self, recent: Recent) -> None:
+        """Count new events as popularity, too."""
         self.recent, items, known = recent, self.model.encoder.items, self.model.popularity
+        found = {context: (items.places([*own]), torch.tensor([*own.values()])) for context, own in recent.items()}
+        self._recent_in = {context: own for context, own in found.items() if own[1].sum() >= _LEAST_OF_CONTEXT}
         counts = torch.zeros(items.size + 1)
-        counts[items.places([*recent])] = torch.tensor([*recent.values()])
+        if "" in found:
+            counts[found[""][0]] = found[""][1]
         counts[-1] = 0  # where unknown items were written
         scores = counts if known is None else counts + _MOST_OF_DATA * known
         self.popularity = scores / scores.max() if counts.any() else known
+
+    def contexts_of(self, context: Mapping[str, Any]) -> list[str]:
+        """The keys in ``Recent`` of those values that the model has; a number counts as its range."""
+        found = []
+        for name in self.model.facts["contextual"]:
+            if name != "user_id" and context.get(name) is not None:
+                vocabulary = self.model.encoder.vocabularies[name]
+                places = vocabulary.places([context[name]])
+                found += [f"{name}={value}" for value in vocabulary.values_at(places[places >= 0])]
+        return found
+
+    def _in_context(self, scores: Tensor, context: Mapping[str, Any]) -> tuple[Tensor, list[str]]:
+        """``popularity`` with the new events in a context, and which of its values have enough of them."""
+        recent, named = self._recent_in, self.model.facts["contextual"]
+        if unknown := [name for name in context if name not in named]:
+            has = ", ".join(map(self.model.encoder.text_of, named)) or "none"
+            raise ServingError(f"the model has no contextual feature {unknown[0]!r}; it has {has}")
+        if own := [each for each in self.contexts_of(context) if each in recent]:
+            scores = _MOST_OF_DATA * scores
+            for each in own:
+                scores[recent[each][0]] += recent[each][1]
+            scores /= scores[:-1].max()
+        return scores, own
 
     def falls_back(self, request: User) -> bool:
         """Whether a user without events gets popular items."""
@@ -209,6 +240,7 @@ class ServedModel:
             items=[event.item for event in ordered],
             actions=None if None in actions else actions,
             timestamps=[event.timestamp for event in ordered],
+            context={name: value for event in events for name, value in event.context.items()},
             features={name: [event.features[name] for event in ordered] for name in needed},
         )
         self.model.encoder.history(history, None, len(events))
@@ -287,6 +319,7 @@ class ServedModel:
         query = output if popularity is None else torch.zeros(1, self.model.stored_vectors.shape[1])
         scores = self.model.scores(query, [lists])[0]
         if popularity is not None:
+            popularity, contexts = self._in_context(popularity, request.context)
             scores += popularity
         elif request.min_score is not None:
             scores[scores < request.min_score] = -torch.inf
@@ -294,7 +327,7 @@ class ServedModel:
             scores[~catalog.in_stock] = -torch.inf
         places, is_drawn = chosen_items(scores, request, catalog, self.model.vectors if request.diversity else None)
         found = _listed(self.model.named(scores[places].tolist(), places), is_drawn.tolist())
-        return found if popularity is None else {**found, "fallback": "popular"}
+        return found if popularity is None else {**found, "fallback": "popular", "popular_in": contexts}
 
     def _answer(self, request: User, output: Tensor, best: Answer | None, unknown: dict[str, list[Any]]) -> Result:
         content, unknown_items = Answer() if best is None else best, set[Any]()
@@ -328,16 +361,18 @@ class ServedModel:
         if model.encoder.running is None:  # events before these change nothing, and to check them takes time
             history = history.cut(slice(-(read + 2), None))
         kept: list[Prefix] = []
-        encoded = model.encode_batch([Query(history, shown, at, None, True)])
-        outputs = model.run(encoded, lambda _, prefix: kept.append(prefix))
+
+        def scored(*queries: Query, keep: Any = None) -> list[Any]:
+            outputs = model.run(model.encode_batch(queries), keep)
+            return [model.predictions(model.outputs_of(shown.items, each)) for each in outputs]
+
+        scores = scored(Query(history, shown, at, None, True), keep=lambda _, prefix: kept.append(prefix))
         newest, older = len(history.items) - 1, count - len(history.items)
         compared = range(newest, newest - min(read, _MAX_COMPARED), -1)
         for first in range(0, len(compared), _COMPARED_AT_ONCE):
-            places, earlier = compared[first : first + _COMPARED_AT_ONCE], next(iter(kept), None)
-            some = [Query(history.without(place), shown, at, earlier, True) for place in places]
-            outputs += model.run(model.encode_batch(some))
             yield None
-        scores = [model.predictions(model.outputs_of(shown.items, each)) for each in outputs]
+            places, earlier = compared[first : first + _COMPARED_AT_ONCE], next(iter(kept), None)
+            scores += scored(*(Query(history.without(place), shown, at, earlier, True) for place in places))
         for whole, *parts in zip(*(each[name] for each in scores), strict=True):  # of one candidate
             changes = [] if whole is None else [(whole - p, place) for p, place in zip(parts, compared, strict=True)]
             largest = sorted(changes, key=lambda change: -abs(change[0]))[: asked.explain]

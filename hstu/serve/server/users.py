@@ -6,26 +6,29 @@ import json
 import sqlite3
 import time
 from bisect import bisect_left, bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from hstu.base.errors import ConfigError
 from hstu.serve.runtime import History, ServingError
 
 from .batching import Metrics
-from .model import MAX_EVENTS, Answer, Event, EventsRequest, ServedModel, User
+from .model import MAX_EVENTS, Answer, Event, EventsRequest, Recent, ServedModel, User
 
 Change = Callable[[dict[bytes, str | None]], Mapping[bytes, str | None]]
 """User → events before, to user → events after, as JSON. None: no events. May be called again, if another writer came
 between."""
-_POSITION, _RECENT = b"\xffposition:", b"\xffrecent"
+_POSITION, _RECENT = b"\xffposition:", b"\xffpopular"
 """Keys of the store that no user has, because ids are UTF-8."""
 _HALF_LIFE_S, _COUNT_S = 86_400, 60
-_KEEPS_NONE = "this server keeps no users; start it with --users FILE"
+_MOST_ITEMS, _MOST_CONTEXTS, _MOST_ITEMS_OF_CONTEXT = 100_000, 200, 1_000
+"""Of the counts of new events: those with the most events are kept."""
+_no_counts = partial(defaultdict[str, defaultdict[str, float]], partial(defaultdict[str, float], float))
+_KEEPS_NONE = "this server keeps no users; give items in the request, or start it with --users FILE"
 
 
 class StoreError(Exception):
@@ -211,9 +214,9 @@ class Users:
 
     def __init__(self, store: Store | None, metrics: Metrics) -> None:
         self._store, self._metrics = store, metrics
-        self._recent: Mapping[str, float] = {}
-        """Item → number of new events of all servers, as of the last time that they were counted."""
-        self._counted_at, self._new = time.time(), dict[str, float]()  # events that this server has stored since
+        self._recent: Recent = {}
+        """The new events of all servers, as of the last time that they were counted."""
+        self._counted_at, self._new = time.time(), _no_counts()  # events that this server has stored since
 
     def write(self, requests: Sequence[EventsRequest | str], served: ServedModel) -> list[dict[str, int] | Exception]:
         """Store the events of requests, and forget users whose ids are given, in one transaction.
@@ -238,7 +241,8 @@ class Users:
         for event in new:
             if event.timestamp <= time.time():
                 weight = 0.5 ** ((self._counted_at - event.timestamp) / _HALF_LIFE_S)
-                self._new[str(event.item)] = self._new.get(str(event.item), 0) + weight
+                for context in ("", *served.contexts_of(event.context)):
+                    self._new[context][str(event.item)] += weight
         for kind in ("in_order", "late", "repeated", "forgotten"):
             self._metrics.events.labels(kind).inc(sum(own.get(kind, 0) for own in counts))
         found = iter(counts)
@@ -251,7 +255,7 @@ class Users:
         return (key := _POSITION + source.encode()), self._store.read([key])[0]
 
     def count_recent(self, models: Sequence[ServedModel]) -> None:
-        """Give models each item's number of new events of all servers, halved with each day of their age.
+        """Give models the numbers of new events of all servers, halved with each day of their age.
 
         Each minute this server adds its own to those in the store.
         """
@@ -260,15 +264,20 @@ class Users:
             return
 
         def change(before: dict[bytes, str | None]) -> Mapping[bytes, str | None]:
-            counts = Counter[str]()
-            for at, own in (json.loads(before[_RECENT] or "[0, {}]"), (self._counted_at, self._new)):
+            counts = _no_counts()
+            for at, some in (json.loads(before[_RECENT] or "[0, {}]"), (self._counted_at, self._new)):
                 factor = 0.5 ** ((now - at) / _HALF_LIFE_S)
-                counts.update({item: count * factor for item, count in own.items()})
-            self._recent = {item: count for item, count in counts.items() if count > 0.01}
-            return {_RECENT: json.dumps([now, self._recent])} if counts else {}
+                for context, own in some.items():
+                    for item, count in own.items():
+                        counts[context][item] += count * factor
+            self._recent = recent = {}
+            for context in sorted(counts, key=lambda each: -sum(counts[each].values()))[: 1 + _MOST_CONTEXTS]:
+                largest = Counter(counts[context]).most_common(_MOST_ITEMS_OF_CONTEXT if context else _MOST_ITEMS)
+                recent[context] = {item: count for item, count in largest if count > 0.01}
+            return {_RECENT: json.dumps([now, recent])} if counts else {}
 
         self._store.update([_RECENT], change)
-        self._counted_at, self._new = now, {}
+        self._counted_at, self._new = now, _no_counts()
         for each in models:
             each.set_recent(self._recent)
 
@@ -280,7 +289,7 @@ class Users:
             return found
         try:
             if self._store is None:
-                raise ServingError("the request has no items, and this server keeps no users; give items")
+                raise ServingError(_KEEPS_NONE)
             texts = self._store.read([_stored_id(requests[place].user) for place in places])
         except (ServingError, StoreError) as error:
             return [each if each.items is not None else error for each in requests]
@@ -303,8 +312,6 @@ class Users:
 
     def stored(self, user: str, served: ServedModel) -> Answer:
         """The events of a user, in the fields of a request, and the titles of the items. Raises as ``filled``."""
-        if self._store is None:
-            raise ServingError(_KEEPS_NONE)
         (found,) = self.filled([User.model_construct(user=user)], served)
         if isinstance(found, Exception):
             raise found

@@ -17,15 +17,9 @@ from tests.serve.test_server import as_json, serving
 
 
 def explained(model: Model, history: History, shown: Candidates, at: int | None, **fields: Any) -> dict[str, Any]:
-    request = {
-        **as_json(history),
-        "candidates": shown.items,
-        "candidate_features": shown.features,
-        "at": at,
-        "explain": 9,
-        **fields,
-    }
-    (found,) = ServedModel(model, "first").answer([ScoreRequest.model_validate(request)])
+    request = {**as_json(history), "candidates": shown.items, "candidate_features": shown.features, "at": at}
+    asked = ScoreRequest.model_validate({**request, "explain": 9, **fields})
+    (found,) = ServedModel(model, "first").answer([asked])
     assert isinstance(found, Iterator), found
     *steps, answer = found
     assert answer is not None

@@ -178,16 +178,9 @@ def test_bad_events_and_a_store_that_does_not_answer_stop_nothing(
     retrieval: Served, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, database, now = tmp_path / "events.jsonl", tmp_path / "users.db", int(time.time())
-    bad: list[dict[str, Any]] = [
-        {"action": None},
-        {"features": {"x": 1}},
-        {"timestamp": 1.5},
-        {"timestamp": now * 1000},
-        {"more": 1},
-    ]
-    path.write_text(
-        lines(0, 1) + "".join(json.dumps(event(5) | each) + "\n" for each in bad) + "\n\xff\n" + lines(1, 2)
-    )
+    changes: list[Any] = [{"action": None}, {"features": {"x": 1}}, {"timestamp": 1.5}, {"timestamp": now * 1000}]
+    bad = "".join(json.dumps(event(5) | each) + "\n" for each in (*changes, {"more": 1}))
+    path.write_text(lines(0, 1) + bad + "\n\xff\n" + lines(1, 2))
 
     def is_in_metrics(text: str) -> Callable[[], bool]:
         return lambda: text in client.get("/metrics").text

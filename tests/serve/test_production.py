@@ -87,9 +87,8 @@ TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 def test_an_answer_has_the_id_of_its_request_or_a_new_one(stub: Client, given: str, is_kept: bool) -> None:
     replies = [stub.post("/embed", {"items": [1]}, X_Request_Id=given), stub.get("/nothing", X_Request_Id=given)]
     found = {reply.headers["x-request-id"] for reply in replies}
-    assert (
-        found == {given} if is_kept else len(found) == 2 and all(re.fullmatch("[0-9a-f]{32}", each) for each in found)
-    )
+    are_new = len(found) == 2 and all(re.fullmatch("[0-9a-f]{32}", each) for each in found)
+    assert found == {given} if is_kept else are_new
 
 
 @pytest.mark.parametrize(
@@ -265,37 +264,27 @@ def test_what_was_shown_is_written_with_request_model_and_place(
         answer = client.post("/score", {**WHOLE, "user": 7, "features": own, **shown}, X_Request_Id="three").json
     (row,) = (row for row in shown_rows(folder) if row["request"] == "three")
     assert row["device"] == "value 001"
-    assert {name: float(row[name]) for name in answer["scores"]} == {
-        name: each[0] for name, each in answer["scores"].items()
-    }
+    assert [[float(row[name])] for name in answer["scores"]] == [*answer["scores"].values()]
 
 
 def test_a_full_disk_costs_rows_of_the_log_and_no_answer(retrieval: Served, tmp_path: Path) -> None:
     """A limit of the size of files cuts off a row as a full disk does."""
     server, port = started(retrieval.folder, "--shown_log", str(tmp_path))
-    client, outcomes = Client(port), dict[str, float]()
+    client = Client(port)
 
-    def ask(count: int) -> None:
-        for _ in range(count):
+    def ask(**outcomes: int) -> None:
+        for _ in range(3):
             assert client.post("/recommend", {**WHOLE, "user": 7, "k": 5}).status == 200
-        before = sum(outcomes.values())
-        pattern = r'hstu_shown_total{outcome="(\w+)"} (.*)'
-        until(
-            lambda: (
-                outcomes.update({k: float(v) for k, v in re.findall(pattern, client.get("/metrics").text)})
-                or sum(outcomes.values()) == before + count
-            )
-        )
+        expected = {f'hstu_shown_total{{outcome="{name}"}} {count}.0' for name, count in outcomes.items()}
+        until(lambda: expected <= {*client.get("/metrics").text.splitlines()})
 
-    ask(3)
+    ask(written=3)
     _, hard = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
     (path,) = tmp_path.glob("*.csv")
     resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (path.stat().st_size + 100, hard))
-    ask(3)
-    assert outcomes == {"written": 3, "lost": 3}
+    ask(written=3, lost=3)
     resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (hard, hard))
-    ask(3)
-    assert outcomes == {"written": 6, "lost": 3}
+    ask(written=6, lost=3)
     server.terminate()
     assert server.wait(20) == 0 and server.stderr is not None
     assert server.stderr.read().count("what was shown cannot be written") == 1

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import sqlite3
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,8 +19,8 @@ from hstu.base.errors import ConfigError
 from hstu.serve.runtime import Candidates, History
 from hstu.serve.server import users as users_module
 from hstu.serve.server.batching import Metrics, Settings
-from hstu.serve.server.model import EventsRequest, RecommendRequest, ServedModel, User
-from hstu.serve.server.users import Followed, Store, Users, open_store
+from hstu.serve.server.model import EventsRequest, ServedModel, User
+from hstu.serve.server.users import Store, Users, open_store
 from tests.serve.http_server import Client, redis_server, serving, started, until
 from tests.serve.served import Served
 
@@ -136,11 +135,9 @@ def test_old_events_that_were_left_out_do_not_come_back(
         users.close()
 
 
-def test_new_events_make_items_popular_also_after_a_restart(
-    retrieval: Served, place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_new_events_make_items_popular(retrieval: Served, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     now, day, model = int(clock()), 86_400, retrieval.model
-    users, served = Users(open_store(place), Metrics()), ServedModel(model, "first")
+    users, served = Users(store, Metrics()), ServedModel(model, "first")
     monkeypatch.setattr(users_module, "_COUNT_S", 0)
 
     def popular() -> dict[Any, Any]:
@@ -163,14 +160,6 @@ def test_new_events_make_items_popular_also_after_a_restart(
     most = max(expected.values())
     expected = {item: score / most for item, score in expected.items()}
     assert popular() == expected
-    key, _ = users.position("source")
-    users.write([Followed(events=[], key=key, position="5")], served)
-    users.close()
-    users, served = Users(open_store(place), Metrics()), ServedModel(model, "second")
-    assert popular() == expected and users.position("source") == (key, "5")
-    (answer,) = served.answer([RecommendRequest.model_validate({"items": [], "k": 1})])
-    assert isinstance(answer, dict) and (answer["fallback"], answer["items"][0]["item"]) == ("popular", 1003)
-    users.close()
 
 
 def test_what_is_popular_are_the_events_of_all_servers_of_a_store(
@@ -337,13 +326,11 @@ def test_a_server_that_is_killed_has_lost_no_event_that_it_confirmed(retrieval: 
             assert reply.json["repeated"] == 0
             confirmed.append(time)
 
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(3)]
-    for each in threads:
-        each.start()
-    until(lambda: len(confirmed) > 100)
-    os.kill(server.pid, signal.SIGKILL)
-    for each in threads:
-        each.join()
+    with ThreadPoolExecutor(3) as pool:
+        writing = pool.map(write, range(3))
+        until(lambda: len(confirmed) > 100)
+        os.kill(server.pid, signal.SIGKILL)
+        assert [*writing] == [None] * 3
     server.wait()
     users = Users(open_store(str(tmp_path / "users.db")), Metrics())
     times = stored(users, ServedModel(retrieval.model, "first")).timestamps

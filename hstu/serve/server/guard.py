@@ -27,10 +27,7 @@ _HEADERS = [
 
 
 class BodyRoute(APIRoute):
-    """A route that gives a body to its function directly: FastAPI's way there takes as long as HTTP.
-
-    It cancels the function when the client closes the connection.
-    """
+    """Gives a body to its function directly: FastAPI takes as long as HTTP. Cancels it when the client goes away."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request. FastAPI answers one that is no JSON or has mistakes."""

@@ -168,6 +168,11 @@ class InteractionColumns:
         """The files of the requests. Raises DataError for a directory without any."""
         return _all_files(self.requests)
 
+    @property
+    def tables(self) -> tuple[Path, ...]:
+        """The files of the other tables, which are read as a whole."""
+        return (*self.request_files, *filter(None, (self.context, self.titles, self.items)))
+
     def schema(self) -> Schema:
         """The schema. Features are named after their columns; the user feature is user_id."""
         return Schema(
@@ -191,10 +196,15 @@ class InteractionColumns:
             value = getattr(self, option.name)
             if isinstance(value, Mapping):
                 value = tuple(f"{column}={words.get(text, text)}" for column, text in value.items())
-            if isinstance(value, tuple):
-                value = ",".join(map(str, value)) or None
-            given.setdefault(option.name, None if value == option.default else () if value is True else value)
+            given.setdefault(option.name, as_argument(value, option.default))
         return given
+
+
+def as_argument(value: object, default: object) -> object:
+    """What an option has on a command line: () of a flag, None of its default."""
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value)) or None
+    return None if value == default else () if value is True else value
 
 
 def staged(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from hstu.base.ids import codes_of
 from hstu.data.batches.jagged import run_offsets
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.own import interactions
-from hstu.data.datasets.own_columns import InteractionColumns, staged
+from hstu.data.datasets.own_columns import InteractionColumns, as_argument, staged
 from hstu.data.datasets.raw import check_readable, open_text
 from hstu.data.datasets.spec import USER_FEATURE, RawTables, Schema
 from hstu.data.preprocess import existing
@@ -63,12 +63,17 @@ from hstu.data.preprocess.write import (
 )
 from hstu.data.store.layout import META_FILE, MOST_SHARDS
 from hstu.data.store.meta import VERSION
-from hstu.data.store.sequence_store import Requests, SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.data.store.writer import StoreWriter, check_replaceable, restore_discarded
 
 _log = logging.getLogger(__name__)
 DATA_DIRECTORY = Path("tmp_data")
 """Default directory of stores and, under raw/, of downloads; relative to the current directory."""
+_RECORDED = (
+    "bad_row_policy", "raw_ids", "min_user_events", "min_item_events", "shards", "all_items", "running_statistics",
+    "any_times",
+)  # fmt: skip
+"""Options of a build that are part of its command."""
 
 
 P = ParamSpec("P")
@@ -170,8 +175,7 @@ def import_interactions(
         texts=[name for name, feature in ids.items() if is_text(store, feature)],
         stored=[name for name in ("context", "items") if getattr(whole, name) != getattr(columns, name)],
     )
-    files = (*whole.files, *whole.request_files, *filter(None, (whole.context, whole.titles, whole.items)))
-    base = Base(store, files, digests)
+    base = Base(store, (*whole.files, *whole.tables), digests)
     build_store(raw, columns.schema(), _options(name, target, True, limits, **whole.arguments()), {}, base)
     after = SequenceStore.open(target)
     _log.info(
@@ -220,19 +224,13 @@ def forget(name: str, users: Path, *, output: str | Path | None = None, memory_l
 def _options(name: str, output: Path, force: bool, limits: Mapping[str, Any], **arguments: object) -> BuildOptions:
     """Build the options. New arguments must default to None, because existing stores are compared by their command."""
     options = BuildOptions(name=name, output=output, command="", force=force, **limits)
-    arguments = {"dataset_name": name, **arguments, "output": output}
-    arguments["bad_row_policy"] = None if options.bad_row_policy == "raise" else options.bad_row_policy
-    arguments["raw_ids"] = ",".join(options.raw_ids) or None
     for option in ("min_user_events", "min_item_events"):
-        least = getattr(options, option)
-        if least < 1:
+        if (least := getattr(options, option)) < 1:
             raise ConfigError(f"--{option} {least}: at least 1, which leaves out nothing")
-        arguments[option] = None if least == 1 else least
     if not 1 <= options.shards <= MOST_SHARDS:
         raise ConfigError(f"--shards {options.shards}: from 1, which makes no shards, to {MOST_SHARDS}")
-    arguments["shards"] = None if options.shards == 1 else options.shards
-    for flag in ("all_items", "running_statistics", "any_times"):  # without a value
-        arguments[flag] = () if getattr(options, flag) else None
+    arguments = {"dataset_name": name, **arguments, "output": output}
+    arguments |= {option: as_argument(getattr(options, option), getattr(BuildOptions, option)) for option in _RECORDED}
     words = ["python", "scripts/preprocess_dataset.py"]
     for option, value in arguments.items():
         if value is not None:
@@ -272,21 +270,17 @@ def build_store(
 @contextmanager
 def _open(options: BuildOptions, scratch: Path, raw_bytes: int) -> Iterator[Engine]:
     """The engine of the options."""
-    if options.engine == "duckdb":
-        with open_engine(scratch, options.memory_limit) as engine:
+    with open_engine(scratch, options.memory_limit, is_driver=options.engine == "spark") as engine:
+        if options.engine == "duckdb":
             yield engine
-        return
-    try:
-        from hstu.data.preprocess.spark import DRIVER_FRACTION, open_spark
-    except ImportError as error:
-        raise ConfigError(
-            f'--engine spark needs {error.name}, which is not installed: pip install "hstu-trainer[spark]", and Java 17'
-        ) from error
-    with (
-        open_engine(scratch, options.memory_limit, DRIVER_FRACTION) as local,
-        open_spark(local, scratch, options.memory_limit, options.spark_master, raw_bytes) as engine,
-    ):
-        yield engine
+            return
+        try:
+            from hstu.data.preprocess.spark import open_spark
+        except ImportError as error:
+            needed = f'{error.name}, which is not installed: pip install "hstu-trainer[spark]", and Java 17'
+            raise ConfigError(f"--engine spark needs {needed}") from error
+        with open_spark(engine, scratch, options.memory_limit, options.spark_master, raw_bytes) as spark:
+            yield spark
 
 
 def _check_options(raw: RawTables, schema: Schema, options: BuildOptions, base: Base | None) -> None:
@@ -330,10 +324,10 @@ def _run_stages(build: Build, published: Mapping[str, float]) -> None:
     write_context(build, len(lengths))
     found = check_items(build, num_items)
     write_item_features(build, num_items)
-    arrays, event_values = create_events(build, int(offsets[-1]), num_items)
+    arrays = create_events(build, int(offsets[-1]), num_items)
     growth = Growth.of(build, offsets) if build.base else None
     new = growth.asides(arrays) if growth else arrays
-    write_events(build, growth.added if growth else offsets, new, event_values)
+    write_events(build, growth.added if growth else offsets, new)
     if growth:
         growth.merge(arrays, new)
     write_split(build, offsets, growth)
@@ -341,8 +335,7 @@ def _run_stages(build: Build, published: Mapping[str, float]) -> None:
     if growth and not of_requests and build.earlier.store.num_requests:
         requests, of_requests = growth.keep_requests()
     elif of_requests:
-        sizes = (of_requests["requests"], of_requests["candidates"])
-        requests = Requests(**write_requests(build, offsets, *sizes, event_values))
+        requests = write_requests(build, offsets, of_requests["requests"], of_requests["candidates"])
     if build.options.running_statistics:
         from hstu.data.preprocess.running import write_running  # it imports torch, for longer than many appends take
 
@@ -361,20 +354,19 @@ def _run_stages(build: Build, published: Mapping[str, float]) -> None:
         "published": dict(published),
     }
     writer.statistics = statistics | found | of_requests | {"skipped_rows": build.skipped}
-    read = {file: writer.journal[f"source {name}"] for name, file in source_names(build.raw.files).items()}
-    writer.sources = {name: read[file] for name, file in source_names(build.raw.files).items()}
+    writer.sources = {name: writer.journal[f"source {name}"] for name in source_names(build.raw.files)}
     if build.base:
-        _continue(writer, build.base, read)
+        _continue(build, build.base)
 
 
-def _continue(writer: StoreWriter, base: Base, read: Mapping[Path, str]) -> None:
-    """Carry on what a store says of its past. ``read``: new raw file → SHA-256."""
-    store = base.store
+def _continue(build: Build, base: Base) -> None:
+    """Carry on what a store says of its past."""
+    writer, store = build.writer, base.store
     skipped = Counter(store.statistics.get("skipped_rows", {})) + Counter(writer.statistics["skipped_rows"])
     forgotten = store.statistics.get("forgotten_users", 0) + len(base.forgotten)
     writer.statistics = {**writer.statistics, "skipped_rows": skipped}
     writer.statistics |= {"forgotten_users": forgotten} if forgotten else {}
-    digests = {**base.digests, **read}
+    digests = {**base.digests, **{file: writer.sources[name] for name, file in source_names(build.raw.files).items()}}
     writer.sources = {name: digests[file] for name, file in source_names(base.files).items()} or store.sources
     writer.earlier_states = store.lineage
 
@@ -382,10 +374,8 @@ def _continue(writer: StoreWriter, base: Base, read: Mapping[Path, str]) -> None
 def _resume_key(raw: RawTables, schema: Schema, options: BuildOptions, base: Base | None) -> str:
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in raw.files]
     tables = [repr(raw.parts), repr(raw.tables), raw.settings, repr(schema)]
-    rules = [options.name, options.bad_row_policy, options.max_bad_rows]
-    rules += [options.min_user_events, options.min_item_events, options.all_items]
-    rules += [options.running_statistics, options.engine]
-    if base:
-        rules += [*base.store.lineage, base.forgotten.tolist()]
+    rules = [options.name, options.bad_row_policy, options.max_bad_rows, options.min_user_events]
+    rules += [options.min_item_events, options.all_items, options.running_statistics, options.engine]
+    earlier = [*base.store.lineage, base.forgotten.tolist()] if base else []
     programs = [VERSION, np.__version__, duckdb.__version__]
-    return hashlib.sha256(json.dumps([files, tables, rules, programs]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([files, tables, rules, earlier, programs]).encode()).hexdigest()

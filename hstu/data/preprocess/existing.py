@@ -153,9 +153,8 @@ def _place(file: Path) -> str:
 
 def check_tables_are_known(columns: InteractionColumns, store: SequenceStore) -> None:
     """Raise DataError if a table that is given is not in the store, for an append without new events."""
-    tables = (*filter(None, (columns.context, columns.titles, columns.items)), *columns.request_files)
     known = store.sources.values()
-    if changed := [str(file) for file in tables if file.is_file() and source_digest(file) not in known]:
+    if changed := [str(file) for file in columns.tables if file.is_file() and source_digest(file) not in known]:
         raise DataError(
             f"cannot append to {store}: {', '.join(changed)} is not as in the store, and no events are new. "
             f"Tables are read with new events: give them together, leave the tables out, {_REMEDY}"

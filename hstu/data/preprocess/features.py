@@ -43,8 +43,8 @@ def write_context(build: Build, num_users: int) -> None:
         _write_categories(build, name, feature, f"values_of_{name}", num_users)
 
 
-def write_event_vocabularies(build: Build) -> dict[str, tuple[int, str]]:
-    """Write the vocabularies of event features. Returns e0, e1, … → (cardinality, SQL of an event's value)."""
+def write_event_vocabularies(build: Build) -> dict[str, int]:
+    """Write the vocabularies of event features, and fill build.event_values. Returns e0, e1, … → cardinality."""
     found, rows = {}, build.shown()
     for name, feature in build.schema.of_events().items():
         if name in build.schema.quantities():
@@ -52,7 +52,7 @@ def write_event_vocabularies(build: Build) -> dict[str, tuple[int, str]]:
         value = _value_in_vocabulary(build, feature, name, f"coalesce(nullif({name}, ''), {literal(UNKNOWN)})", rows)
         build.view(f"values_of_{name}", f"SELECT {value} AS id FROM {rows}")
         values = f"SELECT id FROM values_of_{name}" + (f" UNION ALL SELECT id FROM base_{name}" if build.base else "")
-        found[name] = (_write_vocabulary(build, feature, name, values), value)
+        found[name], build.event_values[name] = _write_vocabulary(build, feature, name, values), value
     return found
 
 

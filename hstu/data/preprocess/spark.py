@@ -52,8 +52,8 @@ ROW_GROUPS_PER_FILE = 8
 """Of about 123,000 rows each. A file is what one task computes at a time."""
 _ROWS_PER_FILE = 1 << 20
 """Of tables that were in the driver's memory."""
-_HEAP_FRACTION, _TASKS_FRACTION, DRIVER_FRACTION = 0.45, 0.2, 0.1
-"""Shares of the memory limit, in a Spark of this machine: Java's heap, DuckDB in all tasks, DuckDB in the driver."""
+_HEAP_FRACTION, _TASKS_FRACTION = 0.45, 0.2
+"""Shares of the memory limit, in a Spark of this machine: Java's heap, and DuckDB in all tasks."""
 _LEAST_MEMORY = 2 << 30
 _SHUFFLED_BYTES = 64 << 20
 """Size of a part of a shuffle, by the bytes of the raw files."""
@@ -174,7 +174,7 @@ class _File:
 class _TaskEngine(Engine):
     """DuckDB in a task, which writes a table as a directory of files."""
 
-    def write(self, query: str, target: Path, number: str | None = None) -> int:
+    def write(self, query: str, target: Path) -> int:
         remove(target)  # of a run that was killed before it could record the table
         return write_parquet(self.connection, query, target, f", ROW_GROUPS_PER_FILE {ROW_GROUPS_PER_FILE}")
 
@@ -214,17 +214,11 @@ class SparkEngine(Engine):
                 pyarrow.parquet.write_table(part, aside / f"part-{number}.parquet", compression="lz4")
         self.show(name, target)
 
-    def write(self, query: str, target: Path, number: str | None = None) -> int:
+    def write(self, query: str, target: Path) -> int:
         """As Engine, to a directory of files."""
         tree = _parsed(query)
         remove(target)
-        if number is not None:
-            unnumbered = self._scratch / f"{target.name}.unnumbered"
-            self.write(query, unnumbered)
-            self.show("unnumbered", unnumbered, number)
-            self.write("SELECT * FROM unnumbered", target)
-            remove(unnumbered)
-        elif _is_row_by_row(tree):
+        if _is_row_by_row(tree):
             self._write_by_tasks(query, target)
         else:
             self._write_by_spark(tree, target)
@@ -232,10 +226,9 @@ class SparkEngine(Engine):
 
     def show(self, name: str, target: Path, number: str | None = None) -> None:
         """As Engine."""
-        files, first = _parts(target), 0
-        number = None if number in pyarrow.parquet.read_schema(files[0]).names else number
+        first = 0
         self._tables[name] = []
-        for path in files:
+        for path in _parts(target):
             self._tables[name].append(_File(path, first, number))
             first += pyarrow.parquet.read_metadata(path).num_rows
         self._views.pop(name, None)

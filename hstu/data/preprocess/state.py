@@ -33,8 +33,9 @@ Policy = Literal["raise", "skip"]
 EngineName = Literal["duckdb", "spark"]
 T = TypeVar("T")
 ROWS_PER_CHUNK = 1 << 20
-_ENGINE_FRACTION = 0.55
-"""DuckDB's share of the memory limit. Python, vocabularies and memory that DuckDB does not count get the rest."""
+_ENGINE_FRACTION, _DRIVER_FRACTION = 0.55, 0.1
+"""DuckDB's share of the memory limit: alone, and in the driver of a Spark, where spark.py has further shares. Python,
+vocabularies and memory that DuckDB does not count get the rest."""
 _MIN_MEMORY = 256 << 20
 _INTERRUPTED = "Query interrupted"
 """Text of the RuntimeError with which DuckDB replaces any exception of a signal handler during a query."""
@@ -115,9 +116,8 @@ class Engine:
         """Name a table in memory."""
         self.connection.register(name, table)
 
-    def write(self, query: str, target: Path, number: str | None = None) -> int:
-        """Write the rows of a query to a working table atomically. ``number``: column of row numbers that ``show`` will
-        add. Returns the number of rows."""
+    def write(self, query: str, target: Path) -> int:
+        """Write the rows of a query to a working table atomically. Returns the number of rows."""
         return write_parquet(self.connection, query, target)
 
     def show(self, name: str, target: Path, number: str | None = None) -> None:
@@ -155,6 +155,8 @@ class Build:
     base: Base | None = None
     skipped: Counter[str] = field(default_factory=Counter)
     """Reason → skipped rows, over all stages."""
+    event_values: dict[str, str] = field(default_factory=dict)
+    """e0, e1, … with a vocabulary → SQL of an event's value in it. A stage fills it."""
 
     def once(self, stage: str, make: Callable[[], T]) -> T:
         """Run a stage, or return its JSON result from an earlier, interrupted run."""
@@ -188,7 +190,7 @@ class Build:
 
     def table(self, name: str, query: str, number: str | None = None) -> int:
         """Create a working table from a query, once. ``number``: column of row numbers. Returns the number of rows."""
-        rows = self.once(name, lambda: self.engine.write(query, self.file(name), number))
+        rows = self.once(name, lambda: self.engine.write(query, self.file(name)))
         self.engine.show(name, self.file(name), number)
         return rows
 
@@ -266,9 +268,9 @@ def connect(memory: float, spill: Path, threads: int) -> duckdb.DuckDBPyConnecti
 
 
 @contextmanager
-def open_engine(scratch: Path, memory_limit: str, fraction: float = _ENGINE_FRACTION) -> Iterator[Engine]:
+def open_engine(scratch: Path, memory_limit: str, is_driver: bool = False) -> Iterator[Engine]:
     """An in-memory DuckDB that spills to ``scratch``. Its errors become DataError, interruptions KeyboardInterrupt."""
-    spill = scratch / "spill"
+    spill, fraction = scratch / "spill", _DRIVER_FRACTION if is_driver else _ENGINE_FRACTION
     try:
         with connect(memory_bytes(memory_limit) * fraction, spill, len(os.sched_getaffinity(0))) as connection:
             connection.execute(f"SET enable_progress_bar = {str(sys.stdout.isatty()).lower()}")
@@ -309,15 +311,12 @@ def columns_of(engine: Engine, query: str) -> list[np.ndarray]:
 
 def utf8_column(engine: Engine, query: str) -> tuple[np.ndarray, np.ndarray]:
     """The only column of a query, strings without NULLs, as (int64 offsets [n + 1], UTF-8 bytes as uint8)."""
-    lengths, texts = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.uint8)]
-    for batch in engine.sql(query).to_arrow_reader(ROWS_PER_CHUNK):
-        values = batch.column(0).cast(pyarrow.large_string())
-        _, bounds, text = values.buffers()
-        ends = np.frombuffer(bounds, dtype=np.int64)[values.offset : values.offset + len(values) + 1]
-        lengths.append(np.diff(ends))
-        if text is not None:
-            texts.append(np.frombuffer(text, dtype=np.uint8)[ends[0] : ends[-1]])
-    return np.cumsum(np.concatenate(lengths)), np.concatenate(texts)
+    texts = pyarrow.large_string()
+    batches = [batch.column(0).cast(texts) for batch in engine.sql(query).to_arrow_reader(ROWS_PER_CHUNK)]
+    values = pyarrow.concat_arrays([pyarrow.array([""], texts), *batches])  # a column without rows has no buffers
+    _, bounds, text = values.buffers()
+    offsets = np.frombuffer(bounds, dtype=np.int64)[1 : len(values) + 1]
+    return offsets, np.frombuffer(text, dtype=np.uint8)[: offsets[-1]]
 
 
 def numbered_rows(file: Path, number: str | None, first: int = 0) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -17,6 +17,7 @@ from hstu.data.preprocess.base import labels, number_with_base, used_values
 from hstu.data.preprocess.features import write_event_vocabularies
 from hstu.data.preprocess.merge import Growth
 from hstu.data.preprocess.state import ROWS_PER_CHUNK, Build, columns_of, memory_bytes, one
+from hstu.data.store.sequence_store import Requests
 
 _log = logging.getLogger(__name__)
 
@@ -76,9 +77,9 @@ def keep_raw_ids(build: Build) -> None:
         build.writer.raw_features.add(feature)
 
 
-def create_events(build: Build, length: int, num_items: int) -> tuple[dict[str, np.memmap], dict[str, str]]:
-    """Create the arrays of items, actions, times and event features, and the vocabularies of these. Returns the arrays
-    by item, action, timestamp, e0, e1, …, and e0, e1, … → SQL of its value."""
+def create_events(build: Build, length: int, num_items: int) -> dict[str, np.memmap]:
+    """Create the arrays of items, actions, times and event features, by item, action, timestamp, e0, e1, …, and the
+    vocabularies of these features."""
     schema, create = build.schema, build.writer.create_sequence
     arrays = {"item": create(schema.item, "item", cardinality=num_items, length=length)}
     if schema.action:
@@ -95,34 +96,61 @@ def create_events(build: Build, length: int, num_items: int) -> tuple[dict[str, 
     names = schema.of_events()
     for name in (name for name in names if name in schema.quantities()):
         arrays[name] = create(names[name], "event_number", cardinality=None, length=length)
-    features = {}
-    for name, (cardinality, value) in write_event_vocabularies(build).items():
+    for name, cardinality in write_event_vocabularies(build).items():
         arrays[name] = create(names[name], "event", cardinality=cardinality, length=length)
-        features[name] = value
-    return arrays, features
+    return arrays
 
 
-def write_events(
-    build: Build, offsets: np.ndarray, arrays: Mapping[str, np.memmap], features: Mapping[str, str]
-) -> None:
+def write_events(build: Build, offsets: np.ndarray, arrays: Mapping[str, np.memmap]) -> None:
     """Fill ``arrays`` with the new events by bucket of users. ``offsets``: int64 [U + 1], of these events."""
-    order, size = f'e."user", {build.order()}', rows_per_bucket(build, len(features))
-    buckets = build.once("buckets", lambda: bucket_bounds(offsets, size))
-    for number, (begin, end) in enumerate(pairwise(buckets)):
-        of_users = "true"
-        if len(buckets) > 2:
-            ids = [one(build.engine, f"SELECT id FROM users WHERE code = {code}")[0] for code in (begin, end - 1)]
-            first, last = (literal(name) if isinstance(name, str) else name for name in ids)
-            of_users = f'"user" BETWEEN {first} AND {last}'
-        place = slice(int(offsets[begin]), int(offsets[end]))
-        write = partial(write_rows, build, arrays, features, "events", of_users, order, place)
-        build.once(f"bucket {number}", write)
+
+    def of_users(begin: int, end: int) -> str:
+        ids = [one(build.engine, f"SELECT id FROM users WHERE code = {code}")[0] for code in (begin, end - 1)]
+        first, last = (literal(name) if isinstance(name, str) else name for name in ids)
+        return f'"user" BETWEEN {first} AND {last}'
+
+    _write_rows(build, "events", offsets, arrays, f'e."user", {build.order()}', of_users)
 
 
-def rows_per_bucket(build: Build, num_features: int) -> int:
-    """Largest number of events to sort at once."""
-    bytes_per_row = _SORT_BYTES_PER_ROW + _FEATURE_BYTES_PER_ROW * num_features
-    return build.engine.rows_at_once or memory_bytes(build.options.memory_limit) // bytes_per_row
+def _write_rows(
+    build: Build,
+    table: str,
+    offsets: np.ndarray,
+    arrays: Mapping[str, np.memmap],
+    order: str,
+    of_owners: Callable[[int, int], str],
+) -> None:
+    """Fill ``arrays`` with the rows of a table, as codes in ``order``, by bucket of their owners. ``offsets``: int64
+    [owners + 1], of these rows. ``of_owners``: SQL condition of the rows of owners [begin, end)."""
+    coded = {"item": "CAST(i.code AS INTEGER) AS item"}
+    coded |= {name: f"CAST({name}_codes.code AS INTEGER) AS {name}" for name in build.event_values}
+    coded |= {name: f"coalesce(e.{name}, 'nan'::FLOAT) AS {name}" for name in build.schema.quantities()}
+    values = ", ".join(coded.get(name, f'e."{name}"') for name in arrays)
+    replaced = ", ".join(f"{value} AS {name}" for name, value in build.event_values.items())
+    replace = f" REPLACE ({replaced})" if replaced else ""
+    joins = " ".join(
+        f"JOIN vocabulary_{name} {name}_codes ON e.{name} = {name}_codes.id" for name in build.event_values
+    )
+    query = f"SELECT {values} FROM bucket e JOIN new_items i ON e.item = i.id {joins} ORDER BY {order}"
+    bytes_per_row = _SORT_BYTES_PER_ROW + _FEATURE_BYTES_PER_ROW * len(build.event_values)
+    most = build.engine.rows_at_once or memory_bytes(build.options.memory_limit) // bytes_per_row
+    buckets = build.once(f"buckets of {table}", lambda: bucket_bounds(offsets, most))
+
+    def write(begin: int, end: int) -> None:
+        condition = f" WHERE {of_owners(begin, end)}" if len(buckets) > 2 else ""
+        build.view("bucket", f"SELECT *{replace} FROM {table}{condition}")
+        start, stop = offsets[begin], offsets[end]
+        for batch in build.engine.sql(query).to_arrow_reader(ROWS_PER_CHUNK):
+            for name, array in arrays.items():  # to_numpy would import pandas
+                array[start : start + batch.num_rows] = np.from_dlpack(batch.column(name))
+            start += batch.num_rows
+        if start != stop:
+            raise RuntimeError(f"{table}: {stop - start} rows are missing before row {stop}")
+        for array in arrays.values():
+            array.flush()
+
+    for begin, end in pairwise(buckets):
+        build.once(f"{table} from {begin}", partial(write, begin, end))
 
 
 def bucket_bounds(offsets: np.ndarray, rows: int) -> list[int]:
@@ -130,39 +158,6 @@ def bucket_bounds(offsets: np.ndarray, rows: int) -> list[int]:
     events = int(offsets[-1])
     wanted = np.linspace(0, events, -(-events // rows) + 1)
     return [int(bound) for bound in np.unique(np.searchsorted(offsets, wanted))]
-
-
-def write_rows(
-    build: Build,
-    arrays: Mapping[str, np.memmap],
-    features: Mapping[str, str],
-    table: str,
-    condition: str,
-    order: str,
-    place: slice,
-) -> None:
-    """Fill the slice ``place`` with the rows of a table that meet a condition, as codes in ``order``. ``features``: e0,
-    e1, … → SQL of value."""
-    coded = {"item": "CAST(i.code AS INTEGER) AS item"}
-    coded |= {name: f"CAST({name}_codes.code AS INTEGER) AS {name}" for name in features}
-    coded |= {name: f"coalesce(e.{name}, 'nan'::FLOAT) AS {name}" for name in build.schema.quantities()}
-    values = ", ".join(coded.get(name, f'e."{name}"') for name in arrays)
-    replaced = ", ".join(f"{value} AS {name}" for name, value in features.items())
-    replace = f" REPLACE ({replaced})" if replaced else ""
-    build.view("bucket", f"SELECT *{replace} FROM {table}" + f" WHERE {condition}" * (condition != "true"))
-    joins = " ".join(f"JOIN vocabulary_{name} {name}_codes ON e.{name} = {name}_codes.id" for name in features)
-    found = build.engine.sql(
-        f"SELECT {values} FROM bucket e JOIN new_items i ON e.item = i.id {joins} ORDER BY {order}"
-    )
-    start = place.start
-    for batch in found.to_arrow_reader(ROWS_PER_CHUNK):
-        for name, array in arrays.items():
-            array[start : start + batch.num_rows] = np.from_dlpack(batch.column(name))  # to_numpy would import pandas
-        start += batch.num_rows
-    if start != place.stop:
-        raise RuntimeError(f"{start - place.start} rows instead of {place.stop - place.start} in {place}")
-    for array in arrays.values():
-        array.flush()
 
 
 def write_split(build: Build, offsets: np.ndarray, growth: Growth | None) -> None:
@@ -238,11 +233,8 @@ def find_requests(build: Build) -> dict[str, int]:
     return counts | {"requests_left_out": left_out, "candidates_left_out": candidates_left_out}
 
 
-def write_requests(
-    build: Build, offsets: np.ndarray, requests: int, candidates: int, features: Mapping[str, str]
-) -> Mapping[str, np.ndarray]:
-    """Write requests and candidates, after events with ``offsets`` [U + 1]. ``features``: e0, e1, … → SQL of value.
-    Returns the arrays of the requests, by field of Requests."""
+def write_requests(build: Build, offsets: np.ndarray, requests: int, candidates: int) -> Requests:
+    """Write requests and candidates, after events with ``offsets`` [U + 1]."""
     of_requests = build.writer.create_requests(requests, candidates)
     times = build.writer.written(str(build.schema.timestamp))
     ordered = build.engine.sql(
@@ -259,12 +251,6 @@ def write_requests(
         start = place.stop
     named = {"item": build.schema.item, "action": build.schema.action} | build.schema.of_events()
     arrays = {name: build.writer.create_candidates(feature) for name, feature in named.items() if feature}
-    bounds, size = of_requests["offsets"], rows_per_bucket(build, len(features))
-    buckets = build.once("request buckets", lambda: bucket_bounds(bounds, size))
-    for number, (begin, end) in enumerate(pairwise(buckets)):
-        of_requests_here = f"number BETWEEN {begin} AND {end - 1}" if len(buckets) > 2 else "true"
-        place = slice(int(bounds[begin]), int(bounds[end]))
-        order = "number, part, source_row"
-        write = partial(write_rows, build, arrays, features, "candidates", of_requests_here, order, place)
-        build.once(f"request bucket {number}", write)
-    return of_requests
+    of_some = "number BETWEEN {} AND {} - 1".format
+    _write_rows(build, "candidates", of_requests["offsets"], arrays, "number, part, source_row", of_some)
+    return Requests(**of_requests)

@@ -70,11 +70,7 @@ class FeatureRoles:
 
 def benchmark_roles(args: BenchmarkDatasetArgs) -> FeatureRoles:
     """The features of random data, by role."""
-    return FeatureRoles(
-        args.item_feature_name,
-        args.action_feature_name,
-        tuple(args.contextual_feature_names),
-    )
+    return FeatureRoles(args.item_feature_name, args.action_feature_name, tuple(args.contextual_feature_names))
 
 
 def resolve_roles(

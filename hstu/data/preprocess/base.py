@@ -10,7 +10,7 @@ Its users, items and values become DuckDB tables beside the new ones, so that th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow
@@ -173,7 +173,7 @@ def used_values(build: Build, feature: str, of_candidates: bool = True) -> np.nd
     return used
 
 
-def with_base(build: Build, owner: str, names: tuple[str, ...], rows: str) -> str:
+def with_base(build: Build, owner: str, names: Sequence[str], rows: str) -> str:
     """SQL of the values of users or items: those that the base has, else those of ``rows``."""
     if build.base is None:
         return rows

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from hstu.base.errors import DataError
-from hstu.data.datasets.raw import as_number, literal
+from hstu.data.datasets.raw import as_number, identifier, literal
 from hstu.data.datasets.spec import UNKNOWN, USER_FEATURE
 from hstu.data.preprocess.base import with_base
 from hstu.data.preprocess.ingest import vector_width
@@ -24,23 +24,40 @@ _MANY_NUMBERS = 100
 def write_context(build: Build, num_users: int) -> None:
     """Write the contextual features; "unknown" if a user has no row or an empty value."""
     names = {feature: name for name, feature in build.schema.of_users().items()}
+    of_table = [name for name in names.values() if name not in (*build.raw.event_context, *build.raw.kept)]
+    if of_table:
+        first = f"""SELECT "user", {", ".join(of_table)} FROM context
+            QUALIFY row_number() OVER (PARTITION BY "user" ORDER BY source_row) = 1"""
+        _find_values(build, "user", first, of_table, "table")
+    of_events = _find_event_values(build, "user", build.raw.event_context, names.values(), "events")
     for feature in build.schema.context:
         if feature == USER_FEATURE:
             codes = build.writer.create_sequence(feature, "context", cardinality=num_users, length=num_users)
             codes[:] = np.arange(num_users)
-            continue
-        name = names[feature]
-        rows, order, given = "context", "source_row", "true"
-        if name in build.raw.event_context:  # the first value counts, so that no sample shows a later one
-            rows, order, given = "events", build.order(), f"{name} <> ''"
-        first = f"""SELECT "user", {name} FROM {rows} WHERE {given}
-            QUALIFY row_number() OVER (PARTITION BY "user" ORDER BY {order}) = 1"""
-        if build.keeps(name):
-            rows = first if name in build.raw.event_context else 'SELECT "user" FROM events WHERE false'
-            first = with_base(build, "user", (name,), rows)
-        query = f'SELECT u.code, f.{name} FROM ({first}) f JOIN users u ON f."user" = u.id'
-        build.table(f"values_of_{name}", query)
-        _write_categories(build, name, feature, f"values_of_{name}", num_users)
+        else:
+            name = names[feature]
+            _write_categories(
+                build, name, feature, f"user_values_of_{'events' if name in of_events else 'table'}", num_users
+            )
+
+
+def _find_event_values(build: Build, owner: str, given: Sequence[str], names: Collection[str], rows: str) -> list[str]:
+    """Create user_ or item_values_of_events: each owner's values in its first event that has one, so that no sample
+    shows a later one, or in the base. ``given``: names in the events, of all ``names``. Returns the names found."""
+    found = [*given, *(name for name in build.raw.kept if name in names)]
+    if found:
+        first = "arg_min({0}, row({1})) FILTER (WHERE {2}) AS {0}"
+        firsts = [first.format(name, build.order(), _has_value(build, name, rows)) for name in given]
+        query = f"SELECT {', '.join([identifier(owner), *firsts])} FROM {rows} GROUP BY 1"
+        _find_values(build, owner, with_base(build, owner, found, query), found, "events")
+    return found
+
+
+def _find_values(build: Build, owner: str, rows: str, names: Sequence[str], source: str) -> int:
+    """Create user_values_of_table, …: code and values of each user or item in ``rows``. Returns their number."""
+    columns = ", ".join(["o.code", *(f"f.{name}" for name in names)])
+    query = f'SELECT {columns} FROM ({rows}) f JOIN {owner}s o ON f."{owner}" = o.id'
+    return build.table(f"{owner}_values_of_{source}", query)
 
 
 def write_event_vocabularies(build: Build) -> dict[str, int]:
@@ -70,7 +87,7 @@ def check_items(build: Build, num_items: int) -> dict[str, int]:
     first = f"""SELECT {columns} FROM usable_items ANTI JOIN repeated_items USING (item)
         UNION ALL SELECT {columns} FROM usable_items SEMI JOIN repeated_items USING (item)
         QUALIFY row_number() OVER (PARTITION BY item ORDER BY source_row) = 1"""
-    known = _find_values(build, first, names, "table")
+    known = _find_values(build, "item", first, names, "table")
     file, engine = build.raw.tables["item_table"][0].path, build.engine
     if known == 0:
         (theirs,) = one(engine, "SELECT min(item) FROM usable_items")
@@ -88,28 +105,14 @@ def check_items(build: Build, num_items: int) -> dict[str, int]:
 
 def write_item_features(build: Build, num_items: int) -> None:
     """Write the item features that check_items has read; "unknown" or NaN if an item has no value."""
-    of_events = build.raw.event_items
-    names = (*of_events, *(name for name in build.raw.kept if name in build.schema.of_items()))
-    if names:
-        events, moment = build.shown(), f"row({build.order()})"
-        firsts = (
-            f"arg_min({name}, {moment}) FILTER (WHERE {_has_value(build, name, events)}) AS {name}"
-            for name in of_events
-        )
-        found = f"SELECT {', '.join(['item', *firsts])} FROM {events} GROUP BY item"
-        _find_values(build, with_base(build, "item", names, found), names, "events")
-    for name, feature in build.schema.of_items().items():
-        rows = "values_of_events" if name in names else "values_of_table"
+    names = build.schema.of_items()
+    of_events = _find_event_values(build, "item", build.raw.event_items, names, build.shown())
+    for name, feature in names.items():
+        rows = f"item_values_of_{'events' if name in of_events else 'table'}"
         if name in build.schema.quantities():
             _write_numbers(build, name, feature, rows, num_items)
         else:
             _write_categories(build, name, feature, rows, num_items)
-
-
-def _find_values(build: Build, rows: str, names: Sequence[str], source: str) -> int:
-    """Create values_of_table or values_of_events: code and values of each item in ``rows``. Returns their number."""
-    columns = ", ".join(["i.code", *(f"f.{name}" for name in names)])
-    return build.table(f"values_of_{source}", f"SELECT {columns} FROM ({rows}) f JOIN items i ON f.item = i.id")
 
 
 def _write_categories(build: Build, name: str, feature: str, rows: str, owners: int) -> None:

@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,8 +158,15 @@ def _usable(build: Build, part: int) -> str:
 def _check(build: Build) -> Counter[str]:
     bad: Counter[str] = Counter()
     for part, (log, _) in enumerate(build.raw.parts):
-        _check_log(build, part, log, bad)
-    _check_numbers(build, bad)
+        _check_table(build, f"typed WHERE part = {part}", _unusable_values(build, part), f"log_{part}", log, bad)
+    of_items = _quantities_of_items(build)
+    if of_items:
+        conditions = {name: unusable_number(build, name) for name in of_items}
+        _check_table(build, "item_table", conditions, "item_table_as_read", build.raw.tables["item_table"][0], bad)
+    for name, feature in build.schema.quantities().items():
+        rows = "item_table" if name in of_items else f"typed WHERE part < {len(build.raw.logs)}"
+        if not build.keeps(name) and one(build.engine, f"SELECT count({name}) FROM {rows}") == (0,):
+            raise DataError(f"{feature!r} is empty in every row; leave it out")
     usable = f"part < {len(build.raw.logs)} AND {_usable(build, 0)}"
     if one(build.engine, f"SELECT count(*) FROM typed WHERE {usable}") == (0,):
         raise DataError(f"{', '.join(str(log.path) for log in build.raw.logs)}: no events")
@@ -208,19 +216,22 @@ def _quantities_of_items(build: Build) -> dict[str, str]:
     return {name: feature for name, feature in build.schema.quantities().items() if name in names}
 
 
-def _check_log(build: Build, part: int, log: RawFile, bad: Counter[str]) -> None:
-    """Check a file in one pass. A row with several unusable values counts once, for the first of them."""
-    conditions = _unusable_values(build, part)
+def _check_table(
+    build: Build, rows: str, conditions: Mapping[str, str], as_read: str, file: RawFile, bad: Counter[str]
+) -> None:
+    """Check a file in one pass. A row with several unusable values counts once, for the first of them. ``conditions``:
+    column → when it is unusable."""
     selected, earlier = [], "false"
     for name, condition in conditions.items():
         here = f"FILTER (WHERE {condition} AND NOT ({earlier}))"
         selected += [f'count(*) {here} AS "n_{name}"', f'min(source_row) {here} AS "first_{name}"']
         earlier = f"{earlier} OR {condition}"
-    found = one(build.engine, f"SELECT {', '.join(selected)} FROM typed WHERE part = {part}")
-    rows = dict(zip(conditions, zip(found[::2], found[1::2], strict=True), strict=True))
-    for name, (count, first) in sorted(rows.items(), key=lambda item: item[1][1] or 0):
+    found = one(build.engine, f"SELECT {', '.join(selected)} FROM {rows}")
+    for name, count, first in sorted(
+        zip(conditions, found[::2], found[1::2], strict=True), key=lambda row: row[2] or 0
+    ):
         if count:
-            build.skip(bad, count, *_explain_value(build, name, f"log_{part}", log, first))
+            build.skip(bad, count, *_explain_value(build, name, as_read, file, first))
 
 
 def _explain_value(build: Build, name: str, rows: str, file: RawFile, row: int) -> tuple[str, str, str]:
@@ -235,23 +246,6 @@ def _explain_value(build: Build, name: str, rows: str, file: RawFile, row: int) 
     width = f" ({vector_width(build, name)} in the first)" if is_vector else ""
     detail = f"{column.label!r} {shown}; allowed is {column.allowed}{width}"
     return f"unusable {column.label if name in quantities else name}", file.place(row), detail
-
-
-def _check_numbers(build: Build, bad: Counter[str]) -> None:
-    """Count unusable numbers and vectors of items as bad rows. Raises DataError if a feature has no value at all."""
-    of_items = _quantities_of_items(build)
-    for name, feature in build.schema.quantities().items():
-        if build.keeps(name):
-            continue
-        if name in of_items:
-            query = f"SELECT count(*), min(source_row) FROM item_table WHERE {unusable_number(build, name)}"
-            count, row = one(build.engine, query)
-            if count:
-                file, _ = build.raw.tables["item_table"]
-                build.skip(bad, count, *_explain_value(build, name, "item_table_as_read", file, row))
-        rows = "item_table" if name in of_items else f"typed WHERE part < {len(build.raw.logs)}"
-        if one(build.engine, f"SELECT count({name}) FROM {rows}") == (0,):
-            raise DataError(f"{feature!r} is empty in every row; leave it out")
 
 
 def check_period(build: Build) -> None:

@@ -62,6 +62,10 @@ class SampleTable:
             return self.target
         return (self.stop if self.first_candidate is None else self.first_candidate + self.num_candidates) - 1
 
+    def counted(self, **counts: int) -> Self:
+        """These samples with further counts in their report."""
+        return replace(self, report=self.report | counts)
+
     def take(self, rows: np.ndarray) -> Self:
         """These samples, in int64."""
         return self._map(lambda values: values[rows].astype(np.int64))
@@ -78,24 +82,13 @@ class SampleTable:
 def build_samples(
     store: SequenceStore, args: DatasetArgs, task: Task, split: Split | Period, seed: int, first_segment: int = 0
 ) -> SampleTable:
-    """The samples of one split. Users with too few events for a sample are dropped and counted in the report.
+    """The samples of one split, as DatasetArgs.split describes it. "all": every user, unsplit (ranking on a second
+    store). Users with too few events for a sample are dropped and counted in the report: training of retrieval needs
+    two events, its evaluation one before the target, and ranking one more than candidates.
 
-    leave_one_out: training leaves out the last 1 + valid_items events of each user. "test" predicts the last event,
-    "valid" the one before it (with valid_items = 0 also the last). Training needs two events of a user, evaluation
-    one event before the target. With a split in time, each user's first event after the cut is in the place of the last
-    one, and users without one are not in "test".
-
-    user_holdout: a hash of raw id and ``seed`` orders the users. The first train_fraction of them are trained on, the
-    next valid_fraction are "valid", the others "test"; with valid_fraction = 0 the others are both. time: training
-    uses the events before a cut in time, train_fraction of all events. "valid" and "test" are the users with later
-    events, and only later events are labelled. Both splits need one event more than candidates.
-
-    A split that the data defines (SequenceStore.split) replaces these. Training uses the events before the first valid
-    or test event. Each event of "valid" and "test" is a retrieval target, or a label of one ranking sample. A Period is
-    evaluated in the same way, whatever is trained on, with as many samples as it draws.
-
-    none: training uses all events. "all": every user, unsplit (ranking on a second store). With window_stride, a long
-    training history gives several samples. With candidates = "requests", a sample is a request.
+    A split that the data defines (SequenceStore.split) replaces that of the options. Training uses the events before
+    the first valid or test event. Each event of "valid" and "test" is a retrieval target, or a label of one ranking
+    sample. A Period is evaluated in the same way, whatever is trained on, with as many samples as it draws.
 
     ``first_segment``: above 0, training labels only the events of the store's segments from this one on that the split
     gives to training, each once, after as much history as fits.
@@ -125,13 +118,12 @@ def build_samples(
     if task == "retrieval":
         target = splits.tested_events(store, runs, args) - (args.valid_items if split == "valid" else 0)
         return _with_target(store, runs.select(target < runs.stop), target[target < runs.stop], args)
-    if split == "all":
-        return _ranking_samples(runs, runs.lengths, args)
-    if args.split != "time":
+    if split != "all" and args.split == "time":
+        later = runs.stop - splits.cut_events(store, args.train_fraction)
+        return _ranking_samples(runs.select(later > 0), later[later > 0], args)
+    if split != "all":
         runs = runs.select(splits.users_of_split(store, args, split, seed))
-        return _ranking_samples(runs, runs.lengths, args)
-    cut = splits.cut_events(store, args.train_fraction)
-    return _ranking_samples(runs.select(runs.stop > cut), (runs.stop - cut)[runs.stop > cut], args)
+    return _ranking_samples(runs, runs.lengths, args)
 
 
 def _training(runs: Runs, stop: np.ndarray, args: DatasetArgs, task: Task) -> SampleTable:
@@ -146,13 +138,13 @@ def _training(runs: Runs, stop: np.ndarray, args: DatasetArgs, task: Task) -> Sa
         samples = _ranking_samples(runs, runs.lengths, args)
     if args.has_random_windows:
         long = int((samples.start > samples.history_begin).sum())
-        return replace(samples, report=samples.report | {"truncated": 0, "in random windows": long})
+        return samples.counted(**{"truncated": 0, "in random windows": long})
     if not isinstance(args.window_stride, int):
         return samples
     usable = Runs(samples.user, samples.history_begin, samples.stop)
     windows = _windows(usable, usable.begin + unlabelled, args, args.window_stride, is_training=True)
-    counts = {"samples": len(windows), "truncated": 0, "events": windows.report["events"]}
-    return replace(windows, report=samples.report | counts)
+    counts = samples.report | {"samples": len(windows), "truncated": 0, "events": windows.report["events"]}
+    return windows.counted(**counts)
 
 
 def _of_new_events(
@@ -179,9 +171,8 @@ def _of_new_events(
     step = args.window_stride if isinstance(args.window_stride, int) else length // 2
     step = most or max(min(step, length - unlabelled), 1)
     samples = _windows(Runs(runs.user[rows], runs.begin[rows], after), begin, args, step, is_training=False)
-    users = len(np.unique(samples.user))
-    counts = {"users": users, "new_events": num_new, "labels": int(samples.num_labels.sum())}
-    return replace(samples, report=samples.report | counts)
+    users, labels = len(np.unique(samples.user)), int(samples.num_labels.sum())
+    return samples.counted(users=users, new_events=num_new, labels=labels)
 
 
 def _with_target(store: SequenceStore, runs: Runs, target: np.ndarray, args: DatasetArgs) -> SampleTable:
@@ -191,8 +182,7 @@ def _with_target(store: SequenceStore, runs: Runs, target: np.ndarray, args: Dat
     if args.same_second_targets:
         return samples
     later = np.flatnonzero(store.gaps(kept.stop) > 0)
-    report = samples.report | {"samples": len(later), "same_second": len(samples) - len(later)}
-    return replace(samples.take(later), report=report)
+    return samples.take(later).counted(samples=len(later), same_second=len(samples) - len(later))
 
 
 def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split | Period, seed: int) -> SampleTable:
@@ -217,14 +207,9 @@ def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split | Period,
     parts = -(-sizes // (args.max_num_candidates or sizes))
     room = args.max_sequence_length - (args.max_num_candidates or -(-sizes // parts))
     samples = samples_of_requests(requests, offsets, chosen, parts, np.broadcast_to(room, sizes.shape))
-    report = {
-        "users": len(np.unique(samples.user)),
-        "requests": len(chosen),
-        "samples": len(samples),
-        "truncated": int((samples.start > samples.history_begin).sum()),
-        "candidates": int(sizes.sum()),
-    }
-    return replace(samples, report=report)
+    users, truncated = len(np.unique(samples.user)), int((samples.start > samples.history_begin).sum())
+    counts = {"users": users, "requests": len(chosen), "samples": len(samples), "truncated": truncated}
+    return samples.counted(**counts, candidates=int(sizes.sum()))
 
 
 def samples_of_requests(
@@ -259,8 +244,7 @@ def _drawn(store: SequenceStore, samples: SampleTable, period: Period) -> Sample
     users = splits.user_keys(store)[samples.user]
     order = np.argsort(random_bits(_SEED_OF_DRAWS, users, items[newest], times), kind="stable")
     rows = np.sort(order[labels[order].cumsum() <= (period.most or 0)])
-    counts = {"samples": len(rows), "not_drawn": int(labels.sum() - labels[rows].sum())}
-    return replace(samples.take(rows), report=samples.report | counts)
+    return samples.take(rows).counted(samples=len(rows), not_drawn=int(labels.sum() - labels[rows].sum()))
 
 
 def _of_held_out(
@@ -273,8 +257,7 @@ def _of_held_out(
     else:
         rows, place = run_indices(stop - begin)
         samples = _with_target(store, runs.select(rows), begin[rows] + place, args)
-    counts = {"users": int((stop > begin).sum()), "held_out": int((stop - begin).sum())}
-    return replace(samples, report=samples.report | counts)
+    return samples.counted(users=int((stop > begin).sum()), held_out=int((stop - begin).sum()))
 
 
 def _windows(runs: Runs, begin: np.ndarray, args: DatasetArgs, step: int, is_training: bool) -> SampleTable:
@@ -319,20 +302,6 @@ def _table(
     # Room for max_num_candidates stays free, so that what a candidate sees does not depend on how many are beside it.
     length = args.max_sequence_length - args.max_num_candidates + shown
     lengths = np.minimum(runs.lengths, length)
-    report = {
-        "users": num_users,
-        "samples": len(runs.user),
-        "dropped_short": num_users - len(runs.user),
-        "truncated": int((lengths < runs.lengths).sum()),
-        "events": int(lengths.sum()),
-    }
-    return SampleTable(
-        user=runs.user,
-        lengths=lengths,
-        stop=runs.stop,
-        num_candidates=shown,
-        num_labels=num_labels,
-        target=target,
-        history_begin=runs.begin,
-        report=report,
-    )
+    samples = SampleTable(runs.user, lengths, runs.stop, shown, num_labels, target, history_begin=runs.begin)
+    counts = {"users": num_users, "samples": len(samples), "dropped_short": num_users - len(samples)}
+    return samples.counted(**counts, truncated=int((lengths < runs.lengths).sum()), events=int(lengths.sum()))

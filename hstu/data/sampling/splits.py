@@ -70,13 +70,13 @@ class Runs:
 
 def check_split(store: SequenceStore, args: DatasetArgs) -> None:
     """Raises ConfigError for options that contradict the data's split, leave a split empty or lack times."""
-    for name in ("shuffle_ties", "same_second_targets"):
-        if is_given(args, name) and store.timestamp_feature is None:
-            text = f"needs times, and {store.path} has none; remove it, or preprocess the data with a time column"
-            raise ConfigError([located(args, name, text)])
+    timeless = [name for name in ("shuffle_ties", "same_second_targets") if store.timestamp_feature is None]
+    text = f"needs times, and {store.path} has none; remove it, or preprocess the data with a time column"
+    problems = [located(args, name, text) for name in timeless if is_given(args, name)]
     if args.shuffle_window_shards and not store.num_shards:
         text = f"needs a store in shards, and {store} has none; remove it, or preprocess the data with --shards N"
-        raise ConfigError([located(args, "shuffle_window_shards", text)])
+        problems.append(located(args, "shuffle_window_shards", text))
+    ConfigError.raise_if(problems)
     if store.split is None:
         trained, validated = _users_before(store, args)
         if args.valid_fraction and not trained < validated < store.num_users:

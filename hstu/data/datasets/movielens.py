@@ -32,11 +32,9 @@ _MOVIES_100K = {
     "movie": "BIGINT", **dict.fromkeys(("title", "release", "video_release", "url", *_FLAGS_100K), "VARCHAR")
 }  # fmt: skip
 _MOVIES_RECBOLE = {"movie": "BIGINT", **dict.fromkeys(("name", "year", "genres"), "VARCHAR")}
-_CONTEXT_1M = '"user", sex AS c0, age_group AS c1, occupation AS c2, zip_code AS c3'
 _AGE_GROUP = """CASE WHEN age < 18 THEN '1' WHEN age < 25 THEN '18' WHEN age < 35 THEN '25' WHEN age < 45 THEN '35'
     WHEN age < 50 THEN '45' WHEN age < 56 THEN '50' WHEN age >= 56 THEN '56' END"""
 """SQL: age in years → age group of MovieLens 1M, named by its lowest age."""
-_CONTEXT_100K = f'"user", {_AGE_GROUP} AS c0, sex AS c1, occupation AS c2, zip_code AS c3'
 _DESCRIPTIONS = {
     "user": ColumnDescription("user", "an integer"),
     "item": ColumnDescription("movie", "an integer"),
@@ -49,7 +47,7 @@ def read_100k(files: Sequence[Path]) -> RawTables:
     """Read u.data (tab), u.user and u.item (pipe, Latin-1)."""
     movies = RawFile(path=files[2], columns=_MOVIES_100K, delimiter="|", header=False, quote="", encoding="latin-1")
     flags = ", ".join(f"CASE WHEN {flag} = '1' THEN {literal(genre)} END" for flag, genre in _FLAGS_100K.items())
-    return _with_users(files, ("\t", "|"), _USERS_100K, _CONTEXT_100K, movies, genres=f"[{flags}]")
+    return _with_users(files, ("\t", "|"), _USERS_100K, movies, genres=f"[{flags}]")
 
 
 def read_recbole_100k(files: Sequence[Path]) -> RawTables:
@@ -57,13 +55,13 @@ def read_recbole_100k(files: Sequence[Path]) -> RawTables:
     movies = RawFile(path=files[2], columns=_MOVIES_RECBOLE, delimiter="\t", quote="")
     title = r"concat(trim(name), CASE WHEN regexp_full_match(year, '\d+') THEN concat(' (', year, ')') END)"
     genres = "string_split(genres, ' ')"
-    return _with_users(files, ("\t", "\t"), _USERS_100K, _CONTEXT_100K, movies, genres, title, header=True)
+    return _with_users(files, ("\t", "\t"), _USERS_100K, movies, genres, title, header=True)
 
 
 def read_1m(files: Sequence[Path]) -> RawTables:
     """Read ratings.dat, users.dat and movies.dat (``::``, Latin-1)."""
     movies = RawFile(path=files[2], columns=_MOVIES_1M, delimiter="::", header=False, quote="", encoding="latin-1")
-    return _with_users(files, ("::", "::"), _USERS_1M, _CONTEXT_1M, movies)
+    return _with_users(files, ("::", "::"), _USERS_1M, movies)
 
 
 def read_20m(files: Sequence[Path]) -> RawTables:
@@ -83,12 +81,13 @@ def _with_users(
     files: Sequence[Path],
     delimiters: tuple[str, str],
     user_columns: Mapping[str, str],
-    context: str,
     movies: RawFile,
     genres: str = "string_split(genres, '|')",
     title: str = "title",
     header: bool = False,
 ) -> RawTables:
+    values = [_AGE_GROUP if name == "age" else name for name in user_columns if name != "user"]
+    context = ", ".join(['"user"', *(f"{value} AS c{place}" for place, value in enumerate(values))])
     log, table = (
         RawFile(path=file, columns=columns, delimiter=delimiter, header=header, quote="")
         for file, columns, delimiter in zip(files, (_RATINGS, user_columns), delimiters, strict=False)

@@ -23,7 +23,7 @@ from hstu.data.datasets.raw import (
     require_columns,
     select_list,
 )
-from hstu.data.datasets.spec import SPLIT_NAMES, TIME_UNITS, ColumnDescription, Queries, RawTables
+from hstu.data.datasets.spec import SPLIT_NAMES, TIME_UNITS, ColumnDescription, Execute, RawTables
 
 _log = logging.getLogger(__name__)
 
@@ -62,25 +62,19 @@ def interactions(columns: InteractionColumns, texts: Collection[str] = (), store
     items, of_items = _table(columns, columns.items, {"item": columns.item}, schema.of_items())
     titles, _ = _table(columns, columns.titles, {"item": columns.item, "title": columns.title or ""}, {})
     tables = {"context": context, "titles": titles, "item_table": items}
-    event_context = {name: column for name, column in schema.of_users().items() if name not in of_context}
-    event_items = {name: column for name, column in schema.of_items().items() if name not in of_items}
-    present = [columns_of(log) for log in logs]
-    kept = {
-        name: column
-        for table, features in (("context", event_context), ("items", event_items))
-        for name, column in features.items()
-        if table in stored and any(column not in names for names in present)
-    }
+    present = {log.path: [*columns_of(log)] for log in logs}
+    features = {"context": schema.of_users(), "items": schema.of_items()}
+    in_all = set.intersection(*map(set, present.values()))
+    kept = [name for table in stored for name, column in features[table].items() if column not in in_all]
     event_context, event_items = (
-        {name: column for name, column in features.items() if name not in kept}
-        for features in (event_context, event_items)
+        {name: column for name, column in each.items() if name not in (*of_context, *of_items, *kept)}
+        for each in features.values()
     )
     of_events = event_context | event_items | schema.of_events()
-    for log in logs:
-        require_columns(log.path, list(columns_of(log)), [*given.values(), *of_events.values()])
+    for file, names in present.items():
+        require_columns(file, names, [*given.values(), *of_events.values()])
     expressions = [*map(_as_text, event_context)]
-    for name, column in (event_items | schema.of_events()).items():
-        expressions.append(_feature(columns, name, column, logs[0]))
+    expressions += [_feature(columns, name, of_events[name], logs[0]) for name in (*event_items, *schema.of_events())]
     item_values = [_feature(columns, name, column, items[0]) for name, column in of_items.items() if items]
     of_requests = given | ({"request": columns.request} if columns.request else {})
     needed = of_requests | schema.of_events()
@@ -96,10 +90,9 @@ def interactions(columns: InteractionColumns, texts: Collection[str] = (), store
         kept=tuple(kept),
         resolve_types=partial(_resolve_types, columns, texts, expressions, [*map(_as_text, of_context)], item_values),
         settings=repr(columns.arguments()),
-        descriptions={name: _description(columns, name, column) for name, column in of_requests.items()}
-        | {
-            name: ColumnDescription(column, _A_NUMBER if column in columns.numbers else _A_VECTOR)
-            for name, column in schema.quantities().items()
+        descriptions={
+            name: ColumnDescription(column, _allowed(columns, name, column))
+            for name, column in (of_requests | schema.quantities()).items()
         },
     )
 
@@ -157,11 +150,12 @@ def _feature(columns: InteractionColumns, name: str, column: str, table: RawFile
     return f"{found} AS {value}"
 
 
-def _description(columns: InteractionColumns, name: str, column: str) -> ColumnDescription:
-    if name != "time":
-        return ColumnDescription(column, _ALLOWED[name] + _LINES * columns.sequences)
-    allowed = f"{UNIT_NAMES[columns.time_unit]} since 1970 (--time_unit), or a date and time like 2024-05-31 12:00:00"
-    return ColumnDescription(column, allowed)
+def _allowed(columns: InteractionColumns, name: str, column: str) -> str:
+    if name == "time":
+        return f"{UNIT_NAMES[columns.time_unit]} since 1970 (--time_unit), or a date and time like 2024-05-31 12:00:00"
+    if name in _ALLOWED:
+        return _ALLOWED[name] + _LINES * columns.sequences
+    return _A_NUMBER if column in columns.numbers else _A_VECTOR
 
 
 def _resolve_types(
@@ -170,10 +164,10 @@ def _resolve_types(
     of_events: Sequence[str],
     of_context: Sequence[str],
     of_items: Sequence[str],
-    engine: Queries,
+    execute: Execute,
     log: str,
 ) -> dict[str, Any]:
-    table = ColumnTypes(engine, (*columns.files, *columns.request_files), log, texts)
+    table = ColumnTypes(execute, (*columns.files, *columns.request_files), log, texts)
     user, user_is_integer = table.id("user", columns.user)
     item, item_is_integer = table.id("item", columns.item)
     once = f"CASE WHEN is_usable THEN {user} END" if columns.sequences else user
@@ -213,12 +207,12 @@ def _as_text(name: str) -> str:
 class ColumnTypes:
     """SQL expressions that convert ingested columns to the types of RawTables.events."""
 
-    def __init__(self, engine: Queries, files: tuple[Path, ...], relation: str, texts: Collection[str] = ()) -> None:
+    def __init__(self, execute: Execute, files: tuple[Path, ...], relation: str, texts: Collection[str] = ()) -> None:
         """``texts``: those of user and item whose ids are text, whatever the values."""
         self._texts = texts
-        self._engine, self._relation = engine, relation
+        self._execute, self._relation = execute, relation
         self._name = f"{files[0]} and {len(files) - 1} more" if len(files) > 1 else str(files[0])
-        described = engine.execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()
+        described = execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()
         self._types: dict[str, str] = {row[0]: row[1] for row in described}
 
     def id(self, name: str, column: str) -> tuple[str, bool]:
@@ -241,7 +235,7 @@ class ColumnTypes:
         """Raise DataError if all values are numbers and some have a fraction, as in pandas columns with gaps."""
         number = f"({as_number(value)}) IS NOT NULL"
         query = f"SELECT bool_and({number}), min({value}) FILTER (WHERE contains({value}, '.')) FROM {self._relation}"
-        ((only_numbers, fraction),) = self._engine.execute(query).fetchall()
+        ((only_numbers, fraction),) = self._execute(query).fetchall()
         if only_numbers and fraction is not None:
             raise DataError(
                 f"{self._name}: ids in {column!r} are decimal numbers, such as {fraction}; ids must be integers or "
@@ -259,13 +253,11 @@ class ColumnTypes:
         if not is_text:
             return whole, ()
         text = "nullif(action, '')"
-        ((texts, numbers),) = self._engine.execute(
-            f"SELECT count({text}), count({number}) FROM {self._relation}"
-        ).fetchall()
+        ((texts, numbers),) = self._execute(f"SELECT count({text}), count({number}) FROM {self._relation}").fetchall()
         if numbers or not texts:
             return whole, ()
         query = f"SELECT DISTINCT {text} AS label FROM {self._relation} WHERE label IS NOT NULL ORDER BY label"
-        labels = tuple(label for (label,) in self._engine.execute(f"{query} LIMIT {_MOST_LABELS + 1}").fetchall())
+        labels = tuple(label for (label,) in self._execute(f"{query} LIMIT {_MOST_LABELS + 1}").fetchall())
         if len(labels) > _MOST_LABELS:
             raise DataError(
                 f"{self._name}: {column!r} has more than {_MOST_LABELS} different texts, such as {labels[0]!r}; "
@@ -309,7 +301,7 @@ class ColumnTypes:
 
     def _unlike(self, value: str, converted: str) -> int:
         condition = f"{value} IS NOT NULL AND ({converted}) IS NULL"
-        ((count,),) = self._engine.execute(f"SELECT count(*) FROM {self._relation} WHERE {condition}").fetchall()
+        ((count,),) = self._execute(f"SELECT count(*) FROM {self._relation} WHERE {condition}").fetchall()
         return int(count)
 
 

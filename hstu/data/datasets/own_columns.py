@@ -235,14 +235,14 @@ def _all_files(paths: Sequence[Path]) -> tuple[Path, ...]:
 
 def _files_in(directory: Path) -> list[Path]:
     """Files of a directory with an ending of _TABLES, sorted by name with numbers in numeric order."""
+
+    def key(file: Path) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", file.name)]
+
     files = [file for file in directory.iterdir() if file.name.endswith(_TABLES) and not file.name.startswith(".")]
     if not files:
         raise DataError(f"{directory} is a directory without files that end in {', '.join(_TABLES)}; name the files")
-    return sorted(files, key=lambda file: _with_numbers(file.name))
-
-
-def _with_numbers(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", name)]
+    return sorted(files, key=key)
 
 
 def open_table(file: Path, delimiter: str | None, header: Sequence[str] = (), sequences: bool = False) -> raw.RawFile:

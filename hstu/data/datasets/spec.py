@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from hstu.data.datasets.raw import RawFile
 
@@ -98,11 +98,8 @@ class ColumnDescription:
     allowed: str
 
 
-class Queries(Protocol):
-    """What runs a query: DuckDB, or an engine of preprocess/."""
-
-    def execute(self, query: str) -> "DuckDBPyConnection":
-        """Run a query. The result has its rows."""
+Execute = Callable[[str], "DuckDBPyConnection"]
+"""Runs a query in DuckDB or in an engine of preprocess/. The result has its rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +128,9 @@ class RawTables:
     """Names ``i0``, … of item features in ``events``. An item's first value counts."""
     kept: tuple[str, ...] = ()
     """Names ``c0``, ``i0``, … of features that no file has, because the store to which events are added keeps them."""
-    resolve_types: Callable[[Queries, str], dict[str, Any]] | None = None
+    resolve_types: Callable[[Execute, str], dict[str, Any]] | None = None
     """For types that depend on the data: the select lists above then only pick columns (without timestamp), and
-    ``resolve_types(engine, ingested events)`` returns the final ones for JSON, under "events" and the names of
+    ``resolve_types(execute, ingested events)`` returns the final ones for JSON, under "events" and the names of
     ``tables``, and under "labels" the texts of the actions 0, 1, …, if they are texts."""
     settings: str = ""
     """Identifies all inputs of ``resolve_types`` except the data."""

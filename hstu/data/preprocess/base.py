@@ -33,7 +33,7 @@ def show_no_events(build: Build) -> None:
     columns |= dict.fromkeys(("action", "time", "timestamp", "split", "part", "source_row"), "BIGINT")
     columns |= {name: "FLOAT" if name in schema.quantities() else "VARCHAR" for name in schema.of_events()}
     selected = ", ".join(f'CAST(NULL AS {kind}) AS "{name}"' for name, kind in columns.items())
-    build.view("events", f"SELECT {selected} WHERE false")
+    build.engine.view("events", f"SELECT {selected} WHERE false")
 
 
 def is_text(store: SequenceStore, feature: str) -> bool:
@@ -62,7 +62,7 @@ def show_base(build: Build) -> None:
             used = used_values(build, feature)
             columns = {"used": _arrow(used), "code": _arrow(np.arange(len(used)))}
             _register(build, f"base_{name}_values", feature, columns)
-            build.view(f"base_{name}", f"SELECT id, code FROM base_{name}_values WHERE used = 1")
+            build.engine.view(f"base_{name}", f"SELECT id, code FROM base_{name}_values WHERE used = 1")
 
 
 def _show_owners(
@@ -80,7 +80,7 @@ def _show_owners(
         is_known = f"NOT isnan({first})" if meta.role == "item_number" else f"{name} <> {unknown}"
         selected.append(f"CASE WHEN {is_known} THEN {name} END AS {name}")
     stays = "true" if owner == "item" and _keeps_items_without_events(build) else "events > 0"
-    build.view(f"base_{owner}s", f"SELECT {', '.join(selected)} FROM base_{owner}_rows WHERE {stays}")
+    build.engine.view(f"base_{owner}s", f"SELECT {', '.join(selected)} FROM base_{owner}_rows WHERE {stays}")
 
 
 def number_with_base(build: Build, name: str, new: str) -> np.ndarray:

@@ -60,9 +60,8 @@ def _options_that_differ(store: SequenceStore, options: BuildOptions, but: Colle
     if store.name != options.name:
         yield f"--dataset_name was {store.name}, it is now {options.name}"
         return
-    if store.command is None:
-        return
-    before, now = _options_of(store.command), _options_of(options.command)
+    now = _options_of(options.command)
+    before = now if store.command is None else _options_of(store.command)
     compared = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
     compared -= {*_PLACES, "--dataset_name", "--any_times", *but}
     for option in sorted(compared):
@@ -210,10 +209,7 @@ def stored_options(store: SequenceStore, target: Path, memory_limit: str) -> Bui
 
 def stored_schema(store: SequenceStore) -> Schema:
     """The schema of an existing store; its bins are the ranges that the store has."""
-    features = store.features.values()
-    own = [feature for feature in features if feature.name not in store.running_statistics]
-    of_items = [feature for feature in own if feature.role in ("item_feature", "item_number")]
-    of_events = [feature for feature in own if feature.role in ("event", "event_number")]
+    own = [feature for feature in store.features.values() if feature.name not in store.running_statistics]
     numbers = [feature for feature in own if feature.role in NUMBER_ROLES]
     built_in = DATASETS.get(store.name)
     return Schema(
@@ -221,8 +217,8 @@ def stored_schema(store: SequenceStore) -> Schema:
         action=store.action_feature,
         timestamp=store.timestamp_feature,
         context=store.contextual_features,
-        item_features=tuple(feature.name for feature in of_items),
-        event_features=tuple(feature.name for feature in of_events),
+        item_features=tuple(feature.name for feature in own if feature.role in ("item_feature", "item_number")),
+        event_features=tuple(feature.name for feature in own if feature.role in ("event", "event_number")),
         action_cardinality=built_in.schema.action_cardinality if built_in else None,
         bins={name: len(ranges) for name, ranges in store.ranges.items()},
         numbers=tuple(feature.name for feature in numbers if feature.width == 1),

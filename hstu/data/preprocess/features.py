@@ -67,7 +67,7 @@ def write_event_vocabularies(build: Build) -> dict[str, int]:
         if name in build.schema.quantities():
             continue
         value = _value_in_vocabulary(build, feature, name, f"coalesce(nullif({name}, ''), {literal(UNKNOWN)})", rows)
-        build.view(f"values_of_{name}", f"SELECT {value} AS id FROM {rows}")
+        build.engine.view(f"values_of_{name}", f"SELECT {value} AS id FROM {rows}")
         values = f"SELECT id FROM values_of_{name}" + (f" UNION ALL SELECT id FROM base_{name}" if build.base else "")
         found[name], build.event_values[name] = _write_vocabulary(build, feature, name, values), value
     return found
@@ -119,10 +119,10 @@ def _write_categories(build: Build, name: str, feature: str, rows: str, owners: 
     """Write the codes and the vocabulary of a user or item feature. ``rows``: table with code and value."""
     given, is_list = _has_value(build, name, rows), _is_list(build, name, rows)
     value = f"unnest({name}) AS value, generate_subscripts({name}, 1) - 1 AS place" if is_list else f"{name} AS value"
-    build.view(f"each_{name}", f"SELECT code, {value} FROM {rows} WHERE {given}")
+    build.engine.view(f"each_{name}", f"SELECT code, {value} FROM {rows} WHERE {given}")
     (present,) = one(build.engine, f"SELECT count(*) FROM {rows} WHERE {given}")
     value = _value_in_vocabulary(build, feature, name, "value", f"each_{name}")
-    build.view(f"ids_of_{name}", f"SELECT * EXCLUDE value, {value} AS id FROM each_{name}")
+    build.engine.view(f"ids_of_{name}", f"SELECT * EXCLUDE value, {value} AS id FROM each_{name}")
     values = f"SELECT id FROM ids_of_{name}"
     if present < owners:
         values += f" UNION ALL SELECT {literal(UNKNOWN)}"
@@ -206,7 +206,7 @@ def _find_ranges(build: Build, feature: str, name: str, values: str, kept: Mappi
         raise DataError(f"--bins {feature}={ranges}: not all values are finite numbers, such as {bad!r}; leave it out")
     if kept:
         return kept
-    build.view(f"numbers_of_{name}", f"SELECT {number} AS number {known}")
+    build.engine.view(f"numbers_of_{name}", f"SELECT {number} AS number {known}")
     query = f"SELECT number, count(*) AS count FROM numbers_of_{name} GROUP BY 1 ORDER BY 1"
     found = build.engine.execute(query).fetchnumpy()
     return ranges_of(np.asarray(found["number"]), np.asarray(found["count"]), ranges)

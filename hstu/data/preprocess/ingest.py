@@ -49,13 +49,13 @@ def read_files(build: Build) -> None:
         build.skipped.update(build.once(name, lambda: _count(build, file, *next(found))))  # noqa: B023
         build.engine.show(name, build.file(name), "source_row")
     parts = (f"SELECT {number} AS part, * FROM log_{number}" for number in range(len(raw.parts)))
-    build.view("as_read", " UNION ALL BY NAME ".join(parts))  # columns that a file lacks are NULL
+    build.engine.view("as_read", " UNION ALL BY NAME ".join(parts))  # columns that a file lacks are NULL
     if (resolve := raw.resolve_types) is None:
-        build.view("typed", "SELECT * FROM as_read")
+        build.engine.view("typed", "SELECT * FROM as_read")
         for name in raw.tables:
-            build.view(name, f"SELECT * FROM {name}_as_read")
+            build.engine.view(name, f"SELECT * FROM {name}_as_read")
         return
-    types = build.once("types", lambda: resolve(build.engine, "as_read"))
+    types = build.once("types", lambda: resolve(build.engine.execute, "as_read"))
     build.table("typed", f"SELECT part, source_row, {types['events']} FROM as_read")
     for name in raw.tables:
         build.table(name, f"SELECT source_row, {types[name]} FROM {name}_as_read")
@@ -145,10 +145,10 @@ def check_rows(build: Build) -> None:
     first = len(build.raw.logs)  # part of requests
     for name, part, of_parts in (("usable_events", 0, f"part < {first}"), ("impressions", first, f"part >= {first}")):
         usable = _usable(build, part) if build.writer.journal["checked"] else "true"
-        build.view(name, f"SELECT * FROM typed WHERE {of_parts} AND {usable}")
+        build.engine.view(name, f"SELECT * FROM typed WHERE {of_parts} AND {usable}")
     if "item_table" in build.raw.tables:
         conditions = [f"NOT {unusable_number(build, name)}" for name in _quantities_of_items(build)]
-        build.view("usable_items", f"SELECT * FROM item_table WHERE {' AND '.join(conditions) or 'true'}")
+        build.engine.view("usable_items", f"SELECT * FROM item_table WHERE {' AND '.join(conditions) or 'true'}")
 
 
 def _usable(build: Build, part: int) -> str:
@@ -275,14 +275,14 @@ def keep_core(build: Build) -> None:
     """Create the view events, a k-core of users and items with enough events. Raises DataError if it is empty."""
     options = build.options
     if max(options.min_user_events, options.min_item_events) == 1:
-        build.view("events", "SELECT * FROM usable_events")
+        build.engine.view("events", "SELECT * FROM usable_events")
         return
     least = {"user": options.min_user_events, "item": options.min_item_events}
     rounds = build.once("core", lambda: _find_core(build, least))
     for name in least:
         build.engine.show(f"core_{name}s", build.file(f"core_{name}s"))
     kept = " AND ".join(f'"{name}" IN (SELECT id FROM core_{name}s)' for name in least)
-    build.view("events", f"SELECT * FROM usable_events WHERE {kept}")
+    build.engine.view("events", f"SELECT * FROM usable_events WHERE {kept}")
     before, after = (one(build.engine, f"SELECT count(*) FROM {rows}")[0] for rows in ("usable_events", "events"))
     wanted = f"--min_user_events {options.min_user_events} --min_item_events {options.min_item_events}"
     if after == 0:

@@ -198,10 +198,6 @@ class Build:
         """The file of a working table."""
         return self.writer.scratch / f"{name}.parquet"
 
-    def view(self, name: str, query: str) -> None:
-        """Name a query, which runs again wherever it is used."""
-        self.engine.view(name, query)
-
     def skip(self, bad: Counter[str], number: int, reason: str, location: str, detail: str) -> None:
         """Count ``number`` bad rows, the first of them at ``location``, in ``bad``, the counter of a stage (reason →
         rows). Raises DataError unless they may be skipped. Rows that earlier stages skipped count towards the limit."""

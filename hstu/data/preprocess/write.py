@@ -49,7 +49,7 @@ def _number(build: Build, name: str, further: Sequence[str]) -> np.ndarray:
     if build.base:
         return number_with_base(build, name, query)
     build.table(f"{name}s", query, "code")
-    build.view(f"new_{name}s", f"SELECT id, code FROM {name}s")
+    build.engine.view(f"new_{name}s", f"SELECT id, code FROM {name}s")
     return columns_of(build.engine, f"SELECT id FROM {name}s")[0]
 
 
@@ -138,7 +138,7 @@ def _write_rows(
 
     def write(begin: int, end: int) -> None:
         condition = f" WHERE {of_owners(begin, end)}" if len(buckets) > 2 else ""
-        build.view("bucket", f"SELECT *{replace} FROM {table}{condition}")
+        build.engine.view("bucket", f"SELECT *{replace} FROM {table}{condition}")
         start, stop = offsets[begin], offsets[end]
         for batch in build.engine.sql(query).to_arrow_reader(ROWS_PER_CHUNK):
             for name, array in arrays.items():  # to_numpy would import pandas
@@ -221,7 +221,7 @@ def find_requests(build: Build) -> dict[str, int]:
     query = f"""SELECT r.number, i.* EXCLUDE ("user", "timestamp") FROM impressions i
         JOIN requests r ON i."user" = r."user" AND i.{key} = r.key"""
     candidates = build.table("candidates", query)
-    build.view("shown", "SELECT * FROM events UNION ALL BY NAME SELECT * EXCLUDE number FROM candidates")
+    build.engine.view("shown", "SELECT * FROM events UNION ALL BY NAME SELECT * EXCLUDE number FROM candidates")
     if left_out:
         _log.warning(
             "%d of %d requests, with %d candidates, are left out: their users have no event in a second before them",

@@ -2,11 +2,9 @@
 
 The order of an epoch is one permutation of all samples, a function of (seed, epoch) only, or with ShardWindows one of
 the shards and one of the samples of each window of them. A *global batch* is the next run of the order:
-``batch_size * world_size`` samples or, under a token budget, as many as fit on the ranks. Each rank takes a
-contiguous slice of the run, or the samples that balancing assigns to it. The number of consumed samples is therefore
-the whole state, and a run can resume at any world size. Every rank plans the whole batch on the host from known
-lengths, so nothing is communicated. The division decides which rank trains on a sample, never which samples share a
-step. At the end: what training draws of a sample in each epoch.
+``batch_size * world_size`` samples or, under a token budget, as many as fit on the ranks. Each rank takes a contiguous
+slice of the run, or the samples that balancing assigns to it. The number of consumed samples is the whole state, and a
+run can resume at any world size. Every rank plans the whole batch from known lengths, so nothing is communicated.
 """
 
 from __future__ import annotations
@@ -255,13 +253,13 @@ class TrainSampler(IterableDataset[BatchPlan]):
         """Yields the bounds of the ranks' slices, int64 [ranks + 1], of each global batch from ordinal ``begin`` on.
         Under a token budget each rank takes the next samples up to it and to ``batch_size`` samples, at least one, and
         leaves one for each later rank."""
-        while begin < self.num_samples and self._token_budget is None:
-            size = min(self.batch_size * self.world_size, self.num_samples - begin)
-            yield even_bounds(begin, size, self.world_size)
-            begin += size
         first, until = begin, [0]  # until[i]: tokens of the samples [first, first + i)
         while begin < self.num_samples:
-            assert self.partition is not None and self._token_budget is not None
+            if self.partition is None or self._token_budget is None:
+                size = min(self.batch_size * self.world_size, self.num_samples - begin)
+                yield even_bounds(begin, size, self.world_size)
+                begin += size
+                continue
             bounds = [begin]
             for ranks_after in reversed(range(self.world_size)):
                 start = bounds[-1]
@@ -288,8 +286,7 @@ class TrainSampler(IterableDataset[BatchPlan]):
         loads, budget = self.partition.loads(order(np.arange(bounds[0], bounds[-1]))), self._token_budget
         if budget is None:
             found = balanced_ranks(loads.costs, counts)
-        else:
-            # A sample that alone exceeds the budget fills a rank.
+        else:  # a sample that alone exceeds the budget fills a rank
             tokens = np.minimum(loads.tokens, budget)
             found = balanced_ranks(loads.costs, np.full_like(counts, self.batch_size), tokens, budget)
         if found is None or np.bincount(found, loads.costs).max() >= np.bincount(contiguous, loads.costs).max():
@@ -364,19 +361,16 @@ def window_starts(
 
     A window of L events begins at event floor(uniform * T) of T events, or is the newest window if fewer than L events
     follow. So L / T of the epochs see the newest event, as often as events in the middle. A uniform end would show this
-    event, the nearest to what is recommended, once in T - L + 1 epochs. The draw depends only on seed, epoch and
-    ordinal: it is the same at any world size, with any number of workers and after a resume.
+    event, the nearest to what is recommended, once in T - L + 1 epochs.
 
     begin, stop: bounds of the histories. newest: first events of their newest windows. ordinals: indices in the order
-    of the epoch. All int64 [b].
-    """
+    of the epoch, on which alone the draw depends beside seed and epoch. All int64 [b]."""
     uniform = random_uniform(seed, _STREAM, epoch, ordinals)
     return np.minimum(begin + (uniform * (stop - begin)).astype(np.int64), newest)
 
 
 def knows_request_time(seed: int, epoch: int, ordinals: np.ndarray) -> np.ndarray:
-    """bool [b]: the half of the samples that trains with the time of the request if DatasetArgs.query_time = "either".
-    It depends on the same numbers as ``window_starts``."""
+    """bool [b]: which half of the samples knows the time of the request, for DatasetArgs.query_time = "either"."""
     return np.asarray(random_uniform(seed, _TIME_STREAM, epoch, ordinals) < 0.5)
 
 

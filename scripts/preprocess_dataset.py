@@ -39,17 +39,14 @@ from hstu.data.datasets.own_columns import SEPARATORS
 from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, forget, import_interactions, preprocess
 from hstu.data.preprocess.report import format_report
 from hstu.data.preprocess.starter import write_starters
-from hstu.data.preprocess.state import disk_errors
+from hstu.data.preprocess.state import BuildOptions, disk_errors
 from hstu.data.store.layout import META_FILE
 from hstu.data.store.meta import MALFORMED, remedy
 from hstu.data.store.sequence_store import SequenceStore
 
 _EXIT_SIGNAL = 128
 """Plus the number of the signal, as shells count."""
-_FOR_ALL = (
-    "output", "force", "memory_limit", "bad_row_policy", "max_bad_rows", "min_user_events", "min_item_events",
-    "all_items", "running_statistics", "any_times", "raw_ids", "shards", "engine", "spark_master",
-)  # fmt: skip
+_FOR_ALL = ("output", *(option.name for option in fields(BuildOptions) if option.metadata))
 _COLUMNS = tuple(field.name for field in fields(InteractionColumns))
 _WITH_FORGET = ("help", "dataset_name", "output", "forget", "memory_limit", "quick")
 _OWN_TABLE = (*_COLUMNS, "append")
@@ -143,34 +140,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--dataset_name", required=True, help=f"{', '.join(DATASETS)}, or any other name for your own table")
     add("--raw_path", type=Path, help="directory with the raw files; without it they are downloaded to tmp_data/raw/")
     add("--output", type=Path, help="directory of the store; without it tmp_data/<dataset_name>")
-    add("--force", action="store_true", help="replace an existing store; else it is kept if it fits its raw files")
-    add("--memory_limit", default="4GB", help="memory for sorting; beyond it, working files beside the store are used")
-    add("--engine", choices=("duckdb", "spark"), default="duckdb", help="what computes; the store is the same")
-    add("--spark_master", help="URL of Spark; without it the session that spark-submit made, else local[*]")
-    skip = "raise: the first row that cannot be used ends the run; skip: such rows are skipped and counted"
-    add("--bad_row_policy", choices=("raise", "skip"), default="raise", help=skip)
-    add("--max_bad_rows", type=int, default=1000, help="with skip, more bad rows than this end the run all the same")
-    add("--min_user_events", type=int, default=1, help="leave out users with fewer events")
-    add("--min_item_events", type=int, default=1, help="leave out items with fewer events, until all left have enough")
-    add("--all_items", action="store_true", help="items of --items or --titles belong to the data even without events")
-    add("--running_statistics", action="store_true", help="add statistics of what was known before each event")
-    add("--any_times", action="store_true", help="take times of before 1990, of one day or like other kinds of dates")
-    add(
-        "--raw_ids",
-        type=_names,
-        default=(),
-        help="item, user or item,user: models get the raw ids, int64, which dynamic tables take as they are",
-    )
-    add("--shards", type=int, default=1, help="cut the store into so many parts, of which a rank opens those it needs")
+    _add_options(add, BuildOptions)
     add("--forget", type=Path, metavar="FILE", help="only remove the users of a text file, one raw id a line")
     add("--verify", action="store_true", help="only check every checksum and every value of an existing store")
     add("--quick", action="store_true", help="write starter files of a small model, 500 iterations, for a first look")
-    _add_own_table(parser.add_argument_group("your own table").add_argument)
+    add = parser.add_argument_group("your own table").add_argument
+    _add_options(add, InteractionColumns)
+    add(
+        "--append",
+        action="store_true",
+        help="add the events of --interactions to the existing store, which needs its earlier raw files no more",
+    )
     return parser
 
 
-def _add_own_table(add: Callable[..., argparse.Action]) -> None:
-    """One option per field of InteractionColumns, which says what it means."""
+def _add_options(add: Callable[..., argparse.Action], of: type[BuildOptions] | type[InteractionColumns]) -> None:
+    """One option per field of a class that says what it means."""
     kinds: dict[str, dict[str, Any]] = {
         "Path | Sequence[Path]": {"type": Path, "nargs": "+", "metavar": "FILE"},
         "tuple[Path, ...]": {"type": Path, "nargs": "+", "default": (), "metavar": "FILE"},
@@ -179,15 +164,12 @@ def _add_own_table(add: Callable[..., argparse.Action]) -> None:
         "Mapping[str, str]": {"type": _lists, "default": {}, "metavar": "COL=TEXT,..."},
         "Path | None": {"type": Path},
         "str | None": {"type": _separator},
+        "int": {"type": int},
+        "bool": {"action": "store_true"},
     }
-    for column in fields(InteractionColumns):
-        default = {} if column.default in (MISSING, None) else {"default": column.default}
-        add(f"--{column.name}", **{**kinds.get(str(column.type), {}), **default, **column.metadata})
-    add(
-        "--append",
-        action="store_true",
-        help="add the events of --interactions to the existing store, which needs its earlier raw files no more",
-    )
+    for option in (option for option in fields(of) if option.metadata):
+        default = {} if option.default in (MISSING, None) else {"default": option.default}
+        add(f"--{option.name}", **{**kinds.get(str(option.type), {}), **default, **option.metadata})
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ SEPARATORS = {"comma": ",", "tab": "\t", "space": " "}
 """Words for list separators that are hard to type on a command line."""
 
 
-def _option(meaning: str, default: Any = None, **argument: Any) -> Any:
+def command_option(meaning: str, default: Any = None, **argument: Any) -> Any:
     """An optional field. ``argument``: further arguments of argparse."""
     given: Any = {"default_factory": dict} if default == {} else {"default": default}
     return field(**given, metadata={"help": meaning, **argument})
@@ -44,46 +44,56 @@ class InteractionColumns:
     )
     user: str = field(metadata={"help": "column of the user, int64 or strings"})
     item: str = field(metadata={"help": "column of the item, int64 or strings"})
-    sequences: bool = _option(
-        "lines are 'user item item …' of a user, or 'user item' of an event", False, action="store_true"
+    sequences: bool = command_option("lines are 'user item item …' of a user, or 'user item' of an event", False)
+    action: str | None = command_option("column of the action, integers >= 0 or texts, numbered in alphabetical order")
+    time: str | None = command_option(
+        "column of the time, a number since 1970 or a date; without it: order of the rows"
     )
-    action: str | None = _option("column of the action, integers >= 0 or texts, numbered in alphabetical order")
-    time: str | None = _option("column of the time, a number since 1970 or a date; without it: order of the rows")
-    time_unit: str = _option("unit of times that are numbers", "s", choices=TIME_UNITS)
-    split: str | None = _option("column that says which events are train, valid and test, in this order within a user")
-    requests: tuple[Path, ...] = _option(
+    time_unit: str = command_option("unit of times that are numbers", "s", choices=TIME_UNITS)
+    split: str | None = command_option(
+        "column that says which events are train, valid and test, in this order within a user"
+    )
+    requests: tuple[Path, ...] = command_option(
         "files, as of --interactions, with one row per impression, in columns of the same names: what to rank. The "
         "time is that of the request",
         (),
     )
-    request: str | None = _option("column of --requests with the id of the request; without it a user's rows of a time")
-    context: Path | None = _option("table with one row per user, with the same user column")
-    context_columns: tuple[str, ...] = _option(
+    request: str | None = command_option(
+        "column of --requests with the id of the request; without it a user's rows of a time"
+    )
+    context: Path | None = command_option("table with one row per user, with the same user column")
+    context_columns: tuple[str, ...] = command_option(
         "columns of --context or of the interactions, as a,b,c, in token order; also the user column. In the "
         "interactions the first event of a user that has a value counts",
         (),
     )
-    items: Path | None = _option("table with one row per item, with the same item column (the first counts), or .json")
-    item_columns: tuple[str, ...] = _option("columns of --items or the interactions, as a,b,c; one name for .json", ())
-    event_columns: tuple[str, ...] = _option("columns of the interactions that are features of events, as a,b,c", ())
-    lists: Mapping[str, str] = _option(
+    items: Path | None = command_option(
+        "table with one row per item, with the same item column (the first counts), or .json"
+    )
+    item_columns: tuple[str, ...] = command_option(
+        "columns of --items or the interactions, as a,b,c; one name for .json", ()
+    )
+    event_columns: tuple[str, ...] = command_option(
+        "columns of the interactions that are features of events, as a,b,c", ()
+    )
+    lists: Mapping[str, str] = command_option(
         "item columns with several values → what separates them, as 'genres=|,tags=comma'; lists of Parquet files need "
         "none",
         {},
     )
-    numbers: tuple[str, ...] = _option("item or event columns that are quantities, as price,watch_time", ())
-    vectors: tuple[str, ...] = _option(
+    numbers: tuple[str, ...] = command_option("item or event columns that are quantities, as price,watch_time", ())
+    vectors: tuple[str, ...] = command_option(
         "item columns that are vectors of one width: lists of Parquet files, or text with --lists", ()
     )
-    bins: Mapping[str, int] = _option(
+    bins: Mapping[str, int] = command_option(
         "columns of numbers, of users, items or events → ranges to group them into, as age=10", {}
     )
-    titles: Path | None = _option("table with one row per item, with the same item column")
-    title: str | None = _option("column of --titles")
-    delimiter: str | None = _option(
+    titles: Path | None = command_option("table with one row per item, with the same item column")
+    title: str | None = command_option("column of --titles")
+    delimiter: str | None = command_option(
         "what separates columns in all text files, as ';', '::' or tab; without it, the first line of each decides"
     )
-    header: tuple[str, ...] = _option(
+    header: tuple[str, ...] = command_option(
         "names of the columns of --interactions, as a,b,c, if the first line does not name them", ()
     )
 

@@ -69,11 +69,8 @@ from hstu.data.store.writer import StoreWriter, check_replaceable, restore_disca
 _log = logging.getLogger(__name__)
 DATA_DIRECTORY = Path("tmp_data")
 """Default directory of stores and, under raw/, of downloads; relative to the current directory."""
-_RECORDED = (
-    "bad_row_policy", "raw_ids", "min_user_events", "min_item_events", "shards", "all_items", "running_statistics",
-    "any_times",
-)  # fmt: skip
-"""Options of a build that are part of its command."""
+_UNRECORDED = ("force", "memory_limit", "engine", "spark_master", "max_bad_rows")
+"""Options of a build on which the store does not depend."""
 
 
 P = ParamSpec("P")
@@ -230,7 +227,8 @@ def _options(name: str, output: Path, force: bool, limits: Mapping[str, Any], **
     if not 1 <= options.shards <= MOST_SHARDS:
         raise ConfigError(f"--shards {options.shards}: from 1, which makes no shards, to {MOST_SHARDS}")
     arguments = {"dataset_name": name, **arguments, "output": output}
-    arguments |= {option: as_argument(getattr(options, option), getattr(BuildOptions, option)) for option in _RECORDED}
+    recorded = (option for option in fields(options) if option.metadata and option.name not in _UNRECORDED)
+    arguments |= {option.name: as_argument(getattr(options, option.name), option.default) for option in recorded}
     words = ["python", "scripts/preprocess_dataset.py"]
     for option, value in arguments.items():
         if value is not None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import duckdb
 import numpy as np
@@ -22,6 +22,7 @@ import pyarrow
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.files import sha256, written_aside
+from hstu.data.datasets.own_columns import command_option
 from hstu.data.datasets.raw import literal, one_file
 from hstu.data.datasets.spec import RawTables, Schema
 from hstu.data.store.sequence_store import SequenceStore
@@ -29,8 +30,6 @@ from hstu.data.store.writer import StoreWriter, mapped
 
 _log = logging.getLogger(__name__)
 
-Policy = Literal["raise", "skip"]
-EngineName = Literal["duckdb", "spark"]
 T = TypeVar("T")
 ROWS_PER_CHUNK = 1 << 20
 _ENGINE_FRACTION, _DRIVER_FRACTION = 0.55, 0.1
@@ -44,35 +43,32 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """Options of a build. ``command`` rebuilds the store; ``force`` replaces an existing store."""
+    """Options of a build: those of scripts/preprocess_dataset.py for all data. ``command`` makes the store again."""
 
     name: str
     output: Path
     command: str
-    force: bool = False
-    memory_limit: str = "4GB"
-    """Of the whole process. Larger data goes to working files beside the store."""
-    bad_row_policy: Policy = "raise"
-    """"raise": the first bad row ends the run; "skip": bad rows are skipped and counted."""
-    max_bad_rows: int = 1000
-    """With "skip": more bad rows than this end the run."""
-    raw_ids: tuple[str, ...] = ()
-    """"item", "user": models get raw ids, int64, instead of codes; the tables are dynamic."""
-    min_user_events: int = 1
-    """Users with fewer events are left out; repeated with ``min_item_events`` until all others have enough."""
-    min_item_events: int = 1
-    all_items: bool = False
-    """Keep items without events that the tables of items and titles list."""
-    running_statistics: bool = False
-    """Add the statistics of features/running.py to the events."""
-    any_times: bool = False
-    """Take times of users' own tables that probably are something else."""
-    shards: int = 1
-    """Cut the store into so many shards, or into one per user where there are fewer users."""
-    engine: EngineName = "duckdb"
-    """What runs the stages; the store is the same."""
-    spark_master: str | None = None
-    """URL of Spark's master. None: the session that spark-submit made, else ``local[*]``."""
+    force: bool = command_option("replace an existing store; else it is kept if it fits its raw files", False)
+    memory_limit: str = command_option("of the process; beyond it, working files beside the store are used", "4GB")
+    engine: str = command_option("what computes; the store is the same", "duckdb", choices=("duckdb", "spark"))
+    spark_master: str | None = command_option(
+        "URL of Spark; without it the session that spark-submit made, else local[*]"
+    )
+    bad_row_policy: str = command_option(
+        "raise: the first row that cannot be used ends the run; skip: such rows are skipped and counted",
+        "raise",
+        choices=("raise", "skip"),
+    )
+    max_bad_rows: int = command_option("with skip, more bad rows than this end the run all the same", 1000)
+    raw_ids: tuple[str, ...] = command_option(
+        "item, user or item,user: models get the raw ids, int64, which dynamic tables take as they are", ()
+    )
+    min_user_events: int = command_option("leave out users with fewer events", 1)
+    min_item_events: int = command_option("leave out items with fewer events, until all left have enough", 1)
+    shards: int = command_option("cut the store into so many parts, of which a rank opens those it needs", 1)
+    all_items: bool = command_option("items of --items or --titles belong to the data even without events", False)
+    running_statistics: bool = command_option("add statistics of what was known before each event", False)
+    any_times: bool = command_option("take times of before 1990, of one day or like other kinds of dates", False)
 
 
 @dataclass(frozen=True)

@@ -175,14 +175,10 @@ def import_interactions(
     base = Base(store, (*whole.files, *whole.tables), digests)
     build_store(raw, columns.schema(), _options(name, target, True, limits, **whole.arguments()), {}, base)
     after = SequenceStore.open(target)
-    _log.info(
-        "added to %s: %d events, %d new users, %d new items, in %.1f s",
-        target,
-        after.num_events - store.num_events,
-        after.num_users - store.num_users,
-        after.cardinality(after.item_feature) - store.cardinality(store.item_feature),
-        time.monotonic() - begun,
-    )
+    new_items = after.cardinality(after.item_feature) - store.cardinality(store.item_feature)
+    new = (after.num_events - store.num_events, after.num_users - store.num_users, new_items)
+    took = time.monotonic() - begun
+    _log.info("added to %s: %d events, %d new users, %d new items, in %.1f s", target, *new, took)
     return target
 
 

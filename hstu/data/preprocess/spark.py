@@ -23,7 +23,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -157,20 +156,6 @@ def _is_not_of_py4j(record: logging.LogRecord) -> bool:
     return "py4j" not in record.pathname
 
 
-@dataclass(frozen=True)
-class _File:
-    """A file of a working table, and the row number of its first row in the table."""
-
-    path: Path
-    first: int
-    number: str | None
-    """Column of row numbers that the file lacks."""
-
-    @property
-    def rows(self) -> str:
-        return numbered_rows(self.path, self.number, self.first)
-
-
 class _TaskEngine(Engine):
     """DuckDB in a task, which writes a table as a directory of files."""
 
@@ -189,7 +174,10 @@ class SparkEngine(Engine):
     ) -> None:
         super().__init__(connection)
         self._session, self._scratch, self._task_memory = session, scratch, task_memory
-        self._tables: dict[str, list[_File]] = {}
+        self._tables: dict[str, dict[Path, str]] = {}
+        """Working table → its files in order → SQL of their rows."""
+        self._numbered: set[str] = set()
+        """Working tables whose files lack their column of row numbers."""
         self._views: dict[str, str] = {}
         self._known: set[str] = set()
         """Names that Spark knows."""
@@ -227,13 +215,14 @@ class SparkEngine(Engine):
     def show(self, name: str, target: Path, number: str | None = None) -> None:
         """As Engine."""
         first = 0
-        self._tables[name] = []
+        self._tables[name] = {}
         for path in _parts(target):
-            self._tables[name].append(_File(path, first, number))
+            self._tables[name][path] = numbered_rows(path, number, first)
             first += pyarrow.parquet.read_metadata(path).num_rows
+        (self._numbered.add if number else self._numbered.discard)(name)
         self._views.pop(name, None)
         self._known.discard(name)
-        super().view(name, " UNION ALL ".join(file.rows for file in self._tables[name]))
+        super().view(name, " UNION ALL ".join(self._tables[name].values()))
 
     def view(self, name: str, query: str) -> None:
         """As Engine. A relational query runs now, and once."""
@@ -284,7 +273,7 @@ class SparkEngine(Engine):
         tables = [name for name in views if name in self._tables]
         with written_aside(target) as aside:
             aside.mkdir()
-            given = [(views | {name: file.rows}, query) for name in tables for file in self._tables[name]]
+            given = [(views | {name: rows}, query) for name in tables for rows in self._tables[name].values()]
             parts = [(*task, aside / f"part-{number:06}.parquet") for number, task in enumerate(given)]
             for _ in self.each(_write_part, parts):
                 pass
@@ -297,7 +286,7 @@ class SparkEngine(Engine):
                 self._add_views(_parsed(self._views[name]), views)
                 views.setdefault(name, self._views[name])
             elif name in self._tables:
-                views.setdefault(name, f"{self._tables[name][0].rows} LIMIT 0")
+                views.setdefault(name, f"{next(iter(self._tables[name].values()))} LIMIT 0")
 
     def _write_by_spark(self, tree: exp.Expr, target: Path) -> None:
         for name in {table.name for table in tree.find_all(exp.Table)} - self._known:
@@ -314,9 +303,9 @@ class SparkEngine(Engine):
             if only:
                 return self._frame(only[1])
             self._materialize(name, self._views[name])
-        elif self._tables[name][0].number:
+        elif name in self._numbered:
             self._materialize(name, f"SELECT * FROM {name}")
-        files = (re.sub(r"[*?\[\]{}\\]", r"\\\g<0>", str(file.path.absolute())) for file in self._tables[name])
+        files = (re.sub(r"[*?\[\]{}\\]", r"\\\g<0>", str(file.absolute())) for file in self._tables[name])
         return self._session.read.parquet(*(f"file://{file}" for file in files))  # Spark expands patterns
 
     def _materialize(self, name: str, query: str) -> None:

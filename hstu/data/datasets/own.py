@@ -23,7 +23,7 @@ from hstu.data.datasets.raw import (
     require_columns,
     select_list,
 )
-from hstu.data.datasets.spec import SPLIT_NAMES, TIME_UNITS, ColumnDescription, Execute, RawTables
+from hstu.data.datasets.spec import SPLIT_NAMES, TIME_UNITS, ColumnDescription, RawTables, RunQuery
 
 _log = logging.getLogger(__name__)
 
@@ -164,10 +164,10 @@ def _resolve_types(
     of_events: Sequence[str],
     of_context: Sequence[str],
     of_items: Sequence[str],
-    execute: Execute,
+    run: RunQuery,
     log: str,
 ) -> dict[str, Any]:
-    table = ColumnTypes(execute, (*columns.files, *columns.request_files), log, texts)
+    table = ColumnTypes(run, (*columns.files, *columns.request_files), log, texts)
     user, user_is_integer = table.id("user", columns.user)
     item, item_is_integer = table.id("item", columns.item)
     once = f"CASE WHEN is_usable THEN {user} END" if columns.sequences else user
@@ -207,12 +207,12 @@ def _as_text(name: str) -> str:
 class ColumnTypes:
     """SQL expressions that convert ingested columns to the types of RawTables.events."""
 
-    def __init__(self, execute: Execute, files: tuple[Path, ...], relation: str, texts: Collection[str] = ()) -> None:
+    def __init__(self, run: RunQuery, files: tuple[Path, ...], relation: str, texts: Collection[str] = ()) -> None:
         """``texts``: those of user and item whose ids are text, whatever the values."""
         self._texts = texts
-        self._execute, self._relation = execute, relation
+        self._run, self._relation = run, relation
         self._name = f"{files[0]} and {len(files) - 1} more" if len(files) > 1 else str(files[0])
-        described = execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()
+        described = run(f"DESCRIBE SELECT * FROM {relation}").fetchall()
         self._types: dict[str, str] = {row[0]: row[1] for row in described}
 
     def id(self, name: str, column: str) -> tuple[str, bool]:
@@ -235,7 +235,7 @@ class ColumnTypes:
         """Raise DataError if all values are numbers and some have a fraction, as in pandas columns with gaps."""
         number = f"({as_number(value)}) IS NOT NULL"
         query = f"SELECT bool_and({number}), min({value}) FILTER (WHERE contains({value}, '.')) FROM {self._relation}"
-        ((only_numbers, fraction),) = self._execute(query).fetchall()
+        ((only_numbers, fraction),) = self._run(query).fetchall()
         if only_numbers and fraction is not None:
             raise DataError(
                 f"{self._name}: ids in {column!r} are decimal numbers, such as {fraction}; ids must be integers or "
@@ -253,11 +253,11 @@ class ColumnTypes:
         if not is_text:
             return whole, ()
         text = "nullif(action, '')"
-        ((texts, numbers),) = self._execute(f"SELECT count({text}), count({number}) FROM {self._relation}").fetchall()
+        ((texts, numbers),) = self._run(f"SELECT count({text}), count({number}) FROM {self._relation}").fetchall()
         if numbers or not texts:
             return whole, ()
         query = f"SELECT DISTINCT {text} AS label FROM {self._relation} WHERE label IS NOT NULL ORDER BY label"
-        labels = tuple(label for (label,) in self._execute(f"{query} LIMIT {_MOST_LABELS + 1}").fetchall())
+        labels = tuple(label for (label,) in self._run(f"{query} LIMIT {_MOST_LABELS + 1}").fetchall())
         if len(labels) > _MOST_LABELS:
             raise DataError(
                 f"{self._name}: {column!r} has more than {_MOST_LABELS} different texts, such as {labels[0]!r}; "
@@ -301,7 +301,7 @@ class ColumnTypes:
 
     def _unlike(self, value: str, converted: str) -> int:
         condition = f"{value} IS NOT NULL AND ({converted}) IS NULL"
-        ((count,),) = self._execute(f"SELECT count(*) FROM {self._relation} WHERE {condition}").fetchall()
+        ((count,),) = self._run(f"SELECT count(*) FROM {self._relation} WHERE {condition}").fetchall()
         return int(count)
 
 

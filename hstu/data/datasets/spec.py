@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hstu.data.datasets.raw import RawFile
 
 if TYPE_CHECKING:  # the registry must import fast
-    from duckdb import DuckDBPyConnection
+    from duckdb import DuckDBPyRelation
 
 UNKNOWN = "unknown"
 """Raw value of a feature where a user, an item or an event has none; also the only value of an empty list."""
@@ -98,8 +98,8 @@ class ColumnDescription:
     allowed: str
 
 
-Execute = Callable[[str], "DuckDBPyConnection"]
-"""Runs a query in DuckDB or in an engine of preprocess/. The result has its rows."""
+RunQuery = Callable[[str], "DuckDBPyRelation"]
+"""Runs a query in DuckDB or in an engine of preprocess/."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +128,9 @@ class RawTables:
     """Names ``i0``, … of item features in ``events``. An item's first value counts."""
     kept: tuple[str, ...] = ()
     """Names ``c0``, ``i0``, … of features that no file has, because the store to which events are added keeps them."""
-    resolve_types: Callable[[Execute, str], dict[str, Any]] | None = None
+    resolve_types: Callable[[RunQuery, str], dict[str, Any]] | None = None
     """For types that depend on the data: the select lists above then only pick columns (without timestamp), and
-    ``resolve_types(execute, ingested events)`` returns the final ones for JSON, under "events" and the names of
+    ``resolve_types(run, ingested events)`` returns the final ones for JSON, under "events" and the names of
     ``tables``, and under "labels" the texts of the actions 0, 1, …, if they are texts."""
     settings: str = ""
     """Identifies all inputs of ``resolve_types`` except the data."""

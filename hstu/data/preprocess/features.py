@@ -208,7 +208,7 @@ def _find_ranges(build: Build, feature: str, name: str, values: str, kept: Mappi
         return kept
     build.engine.view(f"numbers_of_{name}", f"SELECT {number} AS number {known}")
     query = f"SELECT number, count(*) AS count FROM numbers_of_{name} GROUP BY 1 ORDER BY 1"
-    found = build.engine.execute(query).fetchnumpy()
+    found = build.engine.sql(query).fetchnumpy()
     return ranges_of(np.asarray(found["number"]), np.asarray(found["count"]), ranges)
 
 

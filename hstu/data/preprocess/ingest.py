@@ -55,7 +55,7 @@ def read_files(build: Build) -> None:
         for name in raw.tables:
             build.engine.view(name, f"SELECT * FROM {name}_as_read")
         return
-    types = build.once("types", lambda: resolve(build.engine.execute, "as_read"))
+    types = build.once("types", lambda: resolve(build.engine.sql, "as_read"))
     build.table("typed", f"SELECT part, source_row, {types['events']} FROM as_read")
     for name in raw.tables:
         build.table(name, f"SELECT source_row, {types[name]} FROM {name}_as_read")
@@ -207,7 +207,7 @@ def vector_width(build: Build, name: str) -> int:
     of_events = name in build.raw.event_items
     rows, order = ("typed", "part, source_row") if of_events else ("item_table", "source_row")
     query = f"SELECT len({name}), {order} FROM {rows} WHERE NOT isnan({name}[1]) ORDER BY {order} LIMIT 1"
-    return build.once(f"width {name}", lambda: next((row[0] for row in build.engine.execute(query).fetchall()), 1))
+    return build.once(f"width {name}", lambda: next((row[0] for row in build.engine.sql(query).fetchall()), 1))
 
 
 def _quantities_of_items(build: Build) -> dict[str, str]:

@@ -183,10 +183,6 @@ class SparkEngine(Engine):
         """Names that Spark knows."""
         self._results = 0
 
-    def execute(self, query: str) -> duckdb.DuckDBPyConnection:
-        """As Engine, with the result in DuckDB."""
-        return self.connection.execute(self._reduced(query))
-
     def sql(self, query: str) -> duckdb.DuckDBPyRelation:
         """As Engine, with the result in DuckDB."""
         return self.connection.sql(self._reduced(query))

@@ -100,12 +100,8 @@ class Engine:
     def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
         self.connection = connection
 
-    def execute(self, query: str) -> duckdb.DuckDBPyConnection:
-        """Run a query, whose rows ``fetchall`` and ``fetchnumpy`` of the result return."""
-        return self.connection.execute(query)
-
     def sql(self, query: str) -> duckdb.DuckDBPyRelation:
-        """The result of a query, with ``types``, and rows that ``to_arrow_reader`` streams in order."""
+        """The result of a query."""
         return self.connection.sql(query)
 
     def register(self, name: str, table: Any) -> None:
@@ -292,13 +288,13 @@ def disk_errors(directory: Path) -> Iterator[None]:
 
 def one(engine: Engine, query: str) -> tuple[Any, ...]:
     """The only row of a query."""
-    (row,) = engine.execute(query).fetchall()
+    (row,) = engine.sql(query).fetchall()
     return tuple(row)
 
 
 def columns_of(engine: Engine, query: str) -> list[np.ndarray]:
     """The columns of a query, without NULLs; texts as str objects."""
-    return [np.asarray(values) for values in engine.execute(query).fetchnumpy().values()]
+    return [np.asarray(values) for values in engine.sql(query).fetchnumpy().values()]
 
 
 def utf8_column(engine: Engine, query: str) -> tuple[np.ndarray, np.ndarray]:

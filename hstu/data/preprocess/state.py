@@ -51,18 +51,14 @@ class BuildOptions:
     force: bool = command_option("replace an existing store; else it is kept if it fits its raw files", False)
     memory_limit: str = command_option("of the process; beyond it, working files beside the store are used", "4GB")
     engine: str = command_option("what computes; the store is the same", "duckdb", choices=("duckdb", "spark"))
-    spark_master: str | None = command_option(
-        "URL of Spark; without it the session that spark-submit made, else local[*]"
-    )
+    spark_master: str | None = command_option("URL of Spark; without it the session of spark-submit, else local[*]")
     bad_row_policy: str = command_option(
-        "raise: the first row that cannot be used ends the run; skip: such rows are skipped and counted",
+        "raise: the first unusable row ends the run; skip: they are skipped and counted",
         "raise",
         choices=("raise", "skip"),
     )
     max_bad_rows: int = command_option("with skip, more bad rows than this end the run all the same", 1000)
-    raw_ids: tuple[str, ...] = command_option(
-        "item, user or item,user: models get the raw ids, int64, which dynamic tables take as they are", ()
-    )
+    raw_ids: tuple[str, ...] = command_option("item, user or item,user: models get raw ids for dynamic tables", ())
     min_user_events: int = command_option("leave out users with fewer events", 1)
     min_item_events: int = command_option("leave out items with fewer events, until all left have enough", 1)
     shards: int = command_option("cut the store into so many parts, of which a rank opens those it needs", 1)

@@ -36,9 +36,8 @@ def write_context(build: Build, num_users: int) -> None:
             codes[:] = np.arange(num_users)
         else:
             name = names[feature]
-            _write_categories(
-                build, name, feature, f"user_values_of_{'events' if name in of_events else 'table'}", num_users
-            )
+            rows = f"user_values_of_{'events' if name in of_events else 'table'}"
+            _write_categories(build, name, feature, rows, num_users)
 
 
 def _find_event_values(build: Build, owner: str, given: Sequence[str], names: Collection[str], rows: str) -> list[str]:

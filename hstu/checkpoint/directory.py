@@ -11,10 +11,9 @@ import json
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +22,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hstu.base.errors import DataError, UserError
-from hstu.base.files import WRITING, aside_path, put_in_place, sha256, sync_to_disk, unused
+from hstu.base.files import WRITING, aside_path, put_in_place, remove, sha256, sync_to_disk, unused
 from hstu.parallel.collectives import on_all_ranks
 from hstu.parallel.mesh import Mesh
 
@@ -266,7 +265,7 @@ def commit(final: Path) -> None:
     temporary = aside_path(final)
     if final.exists():
         if _holds_state_of(temporary, final):  # a resumed run saves an iteration again
-            shutil.rmtree(temporary)
+            remove(temporary)
             return
         aside = unused(final.parent, f"{_SET_ASIDE}{final.name}_{{}}")
         log.warning("%s is damaged or holds another state; it is kept as %s", final, final.rename(aside).name)
@@ -299,9 +298,6 @@ def delete_older(directory: Path, iteration: int, keep: int) -> None:
 
 def remove_leftovers(directory: Path) -> None:
     """Remove leftovers of interrupted saves and deletions."""
-    for prefix in (WRITING, _DELETING):
-        for path in directory.glob(f"{prefix}*"):
-            if path.is_symlink():
-                path.unlink()
-            else:
-                shutil.rmtree(path, ignore_errors=True)
+    for path in (*directory.glob(f"{WRITING}*"), *directory.glob(f"{_DELETING}*")):
+        with suppress(OSError):
+            remove(path)

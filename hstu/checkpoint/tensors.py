@@ -7,7 +7,6 @@ A table is ``model.tables.<table>``, with states ``optimizer.tables.<table>.<sta
 import json
 import pickle
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -89,16 +88,34 @@ def is_weight(name: str) -> bool:
     return split_name(name)[1] in ("", AVERAGE)
 
 
-class StoredTensors(ABC):
-    """Readable tensors of a checkpoint or an export."""
+class StoredTensors:
+    """The tensors of a checkpoint, in files of torch.distributed.checkpoint with the shards of each rank, or the whole
+    ones of an export, in a safetensors file. Raises DamagedCheckpoint if the index of a checkpoint is damaged."""
 
-    sizes: dict[str, torch.Size]
-    """Name → size."""
-    dtypes: dict[str, torch.dtype]
+    def __init__(self, root: Path) -> None:
+        self._reader, self._whole = None, dict[str, Tensor]()
+        if is_export(root):
+            self._whole = load_safetensors(root / CONSOLIDATED)
+            found = {name: (tensor.size(), tensor.dtype) for name, tensor in self._whole.items()}
+        else:
+            verified_file(root, f"{TENSORS}/{INDEX}")
+            self._reader = IndexReader(root / TENSORS, [path.name for path in listed_files(root, f"{TENSORS}/*")])
+            stored = self._reader.read_metadata().state_dict_metadata.items()
+            tensors = {name: entry for name, entry in stored if isinstance(entry, TensorStorageMetadata)}
+            found = {name: (entry.size, entry.properties.dtype) for name, entry in tensors.items()}
+        self.sizes = {name: size for name, (size, _) in found.items()}
+        self.dtypes = {name: dtype for name, (_, dtype) in found.items()}
 
-    @abstractmethod
     def read(self, targets: Mapping[str, ShardedView], group: dist.ProcessGroup | None = None) -> None:
         """Overwrite the targets, which have the stored sizes. Collective over ``group``; None: only this process."""
+        if self._reader is None:  # each rank reads its own part of the file
+            for name, target in targets.items():
+                target.copy_from(self._whole[name])
+            return
+        planner, alone = _LoadPlanner(flatten_state_dict=False), group is None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended without a group
+            dcp.load(dict(targets), storage_reader=self._reader, planner=planner, process_group=group, no_dist=alone)
 
     def read_whole(self, name: str) -> Tensor:
         """Return one whole tensor in host memory."""
@@ -107,12 +124,7 @@ class StoredTensors(ABC):
         return tensor
 
 
-def open_tensors(root: Path) -> StoredTensors:
-    """Open the tensors of a checkpoint or an export. Raises DamagedCheckpoint if their index is damaged."""
-    if is_export(root):
-        return ConsolidatedTensors(root / CONSOLIDATED)
-    verified_file(root, f"{TENSORS}/{INDEX}")
-    return ShardedTensors(root / TENSORS, [path.name for path in listed_files(root, f"{TENSORS}/*")])
+open_tensors = StoredTensors
 
 
 def is_export(root: Path) -> bool:
@@ -142,38 +154,6 @@ def read_metadata(root: Path) -> dict[str, Any]:
 def sizes_of_ranks(progress: Mapping[str, Any]) -> tuple[int, int, int]:
     """Return the saving run's ranks: in the world, in a tensor-parallel and in a context-parallel group."""
     return progress["world_size"], progress.get("tensor_parallel_size", 1), progress.get("context_parallel_size", 1)
-
-
-class ShardedTensors(StoredTensors):
-    """Files of torch.distributed.checkpoint with the shards of each rank."""
-
-    def __init__(self, directory: Path, listed: Collection[str]) -> None:
-        self._reader = IndexReader(directory, listed)
-        stored = self._reader.read_metadata().state_dict_metadata
-        tensors = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
-        self.sizes = {name: entry.size for name, entry in tensors.items()}
-        self.dtypes = {name: entry.properties.dtype for name, entry in tensors.items()}
-
-    def read(self, targets: Mapping[str, ShardedView], group: dist.ProcessGroup | None = None) -> None:
-        """See StoredTensors."""
-        planner, alone = _LoadPlanner(flatten_state_dict=False), group is None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended without a group
-            dcp.load(dict(targets), storage_reader=self._reader, planner=planner, process_group=group, no_dist=alone)
-
-
-class ConsolidatedTensors(StoredTensors):
-    """The safetensors file of an export with whole tensors."""
-
-    def __init__(self, path: Path) -> None:
-        self._tensors = load_safetensors(path)
-        self.sizes = {name: tensor.size() for name, tensor in self._tensors.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
-
-    def read(self, targets: Mapping[str, ShardedView], group: dist.ProcessGroup | None = None) -> None:
-        """See StoredTensors. Each rank reads its own part, without a collective."""
-        for name, target in targets.items():
-            target.copy_from(self._tensors[name])
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:

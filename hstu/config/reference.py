@@ -1,14 +1,13 @@
 """Generates the reference of all parameters from hstu/config/args, for ``--explain`` and docs/configuration.md.
 
 ``python -m hstu.config.reference --write docs/configuration.md`` writes the tables below the hand-written part of the
-page. ``--check`` exits with 1 if they are out of date.
+page. scripts/check_docs.py compares the page with them.
 """
 
 import argparse
 import ast
 import functools
 import inspect
-import sys
 import textwrap
 from collections import ChainMap
 from collections.abc import Sequence
@@ -106,22 +105,13 @@ def _as_markdown(cls: type[Args]) -> str:
     return "\n".join([f"### {cls.__name__}", "", " ".join((cls.__doc__ or "").split()), "", *rows, ""])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Writes or checks the page. Returns 1 if it is out of date."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the page."""
     parser = argparse.ArgumentParser(description="Make docs/configuration.md from the argument classes.")
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--write", type=Path, metavar="FILE", help="write the page")
-    action.add_argument("--check", type=Path, metavar="FILE", help="exit with 1 if the page is out of date")
-    options = parser.parse_args(argv)
-    path: Path = options.write or options.check
-    old = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if options.write:
-        path.write_text(markdown(old), encoding="utf-8")
-    elif old != markdown(old):
-        print(f"{path} is out of date: python -m hstu.config.reference --write {path}", file=sys.stderr)
-        return 1
-    return 0
+    parser.add_argument("--write", type=Path, metavar="FILE", required=True)
+    path: Path = parser.parse_args(argv).write
+    path.write_text(markdown(path.read_text(encoding="utf-8") if path.is_file() else ""), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -159,9 +159,7 @@ class Progress:
         now = time.monotonic()
         if done and now - self._logged >= _PROGRESS_S:
             self._logged, left_s = now, (now - self._begun) / done * (self._total - done)
-            progress_log.info(
-                "%s: %s of %s, ETA %s", self._what, f"{done:,}", f"{self._total:,}", format_seconds(left_s)
-            )
+            progress_log.info(f"{self._what}: {done:,} of {self._total:,}, ETA {format_seconds(left_s)}")
 
     def over(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield ``batches``, and update with their number so far."""
@@ -172,8 +170,8 @@ class Progress:
 
 def progress_bar(total: int, mode: str = "auto", *, visible: bool = True, initial: int = 0) -> "tqdm[Any]":
     """A bar on standard error. ``mode``: "on", "off", or "auto" (on for terminals). ``visible``: True on one rank."""
-    shown = visible and (mode == "on" or (mode == "auto" and sys.stderr.isatty()))
-    return tqdm(total=total, initial=initial, desc="train", dynamic_ncols=True, leave=False, disable=not shown)
+    hidden = not visible or {"on": False, "off": True}.get(mode)  # None: hidden unless standard error is a terminal
+    return tqdm(total=total, initial=initial, desc="train", dynamic_ncols=True, leave=False, disable=hidden)
 
 
 def _percent(share: float) -> str:

@@ -111,18 +111,13 @@ class EvalRecord:
 
 def to_line(record: Any) -> str:
     """Strict JSON on one line, with floats in full precision. nan and infinities, which JSON lacks, become null."""
-    return json.dumps(_plain(record), allow_nan=False)
+    return json.dumps(plain(record), allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) or type(value).__module__ == "numpy":
-        number = value if isinstance(value, float) else value.item()
-        return number if not isinstance(number, float) or math.isfinite(number) else None
-    return value
+def plain(record: Any) -> Any:
+    """What ``to_line`` writes, as reading it gives it."""
+    text = json.dumps(record, default=lambda value: dict(value) if isinstance(value, Mapping) else value.item())
+    return json.loads(text, parse_constant=lambda _: None)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

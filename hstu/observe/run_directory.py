@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import secrets
-import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +13,9 @@ from types import MappingProxyType
 from typing import Any, Optional, TextIO
 
 from hstu.base.errors import ConfigError, UserError
-from hstu.base.files import DirectoryLock, replace_text, unused
+from hstu.base.files import DirectoryLock, remove, replace_text, unused
 from hstu.observe.plots import draw_curves
-from hstu.observe.records import EvalRecord, TrainRecord, to_line
+from hstu.observe.records import EvalRecord, TrainRecord, plain, to_line
 
 log = logging.getLogger(__name__)
 
@@ -112,10 +111,8 @@ class RunDirectory:
             return
         self._failed = status == "failed"
         self._best = entries.get("best", {}).get("iter")
-        # The round trip through strict JSON turns nan into null, as in metrics.jsonl.
-        text = json.dumps(json.loads(to_line({"status": status, **entries})), indent=2) + "\n"
         try:
-            replace_text(self.path / "summary.json", text)
+            replace_text(self.path / "summary.json", json.dumps(plain({"status": status, **entries}), indent=2) + "\n")
         except OSError as error:
             raise _failure(self.path / "summary.json", error) from error
 
@@ -149,7 +146,7 @@ class RunDirectory:
         if not self.is_main or self._continues:
             return
         for path in (path for pattern in _FILES for path in self.path.glob(pattern)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
         if self.earlier is not None:
             for path in self.earlier.iterdir():
                 path.rename(self.path / path.name)

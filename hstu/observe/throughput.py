@@ -5,7 +5,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Self, TypeVar
@@ -236,54 +236,43 @@ class Profiler:
         self.trace_file = Path(directory) / f"trace-rank{rank}.json.gz"
         self._window = range(args.profile_step_start, args.profile_step_end if args.profile else 0)
         self._profile: Optional[profile] = None
-        self._cuda = torch.cuda.is_available()
+        self._tracing, self._iteration = ExitStack(), ExitStack()
         self._last: Optional[int] = None
 
     def step(self, iteration: int) -> None:
         """Start, continue or stop the trace. Call it when ``iteration`` begins."""
-        self._end_range()
+        self._iteration.close()
         self._last = iteration
-        if iteration in self._window:
-            if self._profile is None:
-                self._start()
-            else:
-                self._profile.step()
-        elif self._profile is not None:
-            self._stop()
-        if self._cuda and iteration in self._window:
-            torch.cuda.nvtx.range_push(f"iteration {iteration}")
+        if iteration not in self._window:
+            self._tracing.close()
+            return
+        if self._profile is None:
+            self._start()
+        else:
+            self._profile.step()
+        if torch.cuda.is_available():
+            self._iteration.enter_context(torch.cuda.nvtx.range(f"iteration {iteration}"))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end_range()
-        if self._profile is not None:
-            self._stop()
-        elif self._window and not self.trace_file.exists():
+        self._iteration.close()
+        self._tracing.close()
+        if self._window and not self.trace_file.exists():
             first, last = self._window.start, self._window.stop
             log.warning("no profile: the run ended (at %s) outside of [%d, %d)", self._last, first, last)
 
-    def _end_range(self) -> None:
-        if self._cuda and self._last in self._window:
-            torch.cuda.nvtx.range_pop()
-
     def _start(self) -> None:
         activities = [ProfilerActivity.CPU]
-        if self._cuda:
+        if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.synchronize()
             torch.cuda.cudart().cudaProfilerStart()
-        self._profile = profile(activities=activities)
-        self._profile.start()
+            self._tracing.callback(torch.cuda.cudart().cudaProfilerStop)
+        self._profile = self._tracing.enter_context(profile(activities=activities, on_trace_ready=self._write))
 
-    def _stop(self) -> None:
-        assert self._profile is not None
-        if self._cuda:
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaProfilerStop()
-        self._profile.stop()
+    def _write(self, traced: profile) -> None:
         self.trace_file.parent.mkdir(parents=True, exist_ok=True)
-        self._profile.export_chrome_trace(str(self.trace_file))
-        self._profile = None
+        traced.export_chrome_trace(str(self.trace_file))
         log.info("profile written: %s", self.trace_file)

@@ -67,26 +67,20 @@ class BatchSource(ABC):
     """Splits evaluated after the last iteration. Both may be empty."""
     phase: Phase = Phase()
     """What the training samples are."""
+    description: dict[str, str]
+    """Facts that must be equal on all ranks, besides the configuration: name → value."""
+    trained_on: dict[str, Any]
+    """JSON that identifies the data, in whose samples a position is counted. Empty for random data."""
 
     def __init__(self, config: RunConfig, mesh: Mesh | None, world_size: int) -> None:
         self._config = config
-        self.label_facts, self.ranges = {}, {}
+        self.label_facts, self.ranges, self.description, self.trained_on = {}, {}, {}, {}
         self._windows: ShardWindows | None = None
         self.max_items = config.max_items
         self._mesh = mesh
         self._rank, self._world_size = (0, world_size) if mesh is None else (mesh.rank, mesh.world_size)
         self._pin_memory = mesh is not None and mesh.device.type == "cuda"
         self.negatives = Negatives.of(config.retrieval) if config.retrieval else None
-
-    @property
-    def description(self) -> dict[str, str]:
-        """Facts that must be equal on all ranks, besides the configuration: name → value."""
-        return {}
-
-    @property
-    def trained_on(self) -> dict[str, Any]:
-        """JSON that identifies the data, in whose samples a position is counted. Empty for random data."""
-        return {}
 
     @property
     @abstractmethod

@@ -81,6 +81,11 @@ class Observations:
         """The arguments of the class."""
         return [getattr(self, field.name) for field in fields(self)]
 
+    @classmethod
+    def joined(cls, parts: Iterable[Self]) -> Self:
+        """The rows of all parts."""
+        return cls(*map(np.concatenate, zip(*(part.columns() for part in parts), strict=True)))
+
 
 def of_ranking(
     batch: HSTUBatch, item_feature: str, predictions: np.ndarray, labels: np.ndarray, requests: np.ndarray
@@ -183,8 +188,7 @@ class LabelledItemEvaluator(Evaluator):
                 requests_before += batch.batch_size
                 labels = batch.labels if batch.label_values is None else batch.label_values.T.contiguous()
                 found.append(of_ranking(batch, self.model.roles.item, on_host(logits), on_host(labels), requests))
-        columns = zip(*(each.columns() for each in found[1:] or found), strict=True)
-        return Observations(*map(np.concatenate, columns))
+        return Observations.joined(found[1:] or found)
 
 
 class RankingEvaluator(LabelledItemEvaluator):
@@ -255,7 +259,7 @@ class RetrievalEvaluator(Evaluator):
                 users, targets = queries.user_ids[: len(events)], queries.targets[: len(events)]
                 found.append(Observations(users, targets, history, events, ranks, scores, events))
                 num_seen += queries.is_target_seen[: len(events)].sum()
-        observations = Observations(*map(np.concatenate, zip(*(each.columns() for each in found), strict=True)))
+        observations = Observations.joined(found)
         missed, targets_of_all = self.exchange.total([num_seen, len(observations)])
         if missed:
             why = "are items that their user had before, which filter_seen = True leaves out: they count as misses"
@@ -274,30 +278,29 @@ class RetrievalEvaluator(Evaluator):
         Leaves the rest of the batches where a rank has collected ROUND_NUMBERS.
         """
         collected, asked_at = 0, 1
-        vectors: list[Tensor] = [torch.zeros((1, 0, 1), device=device)]
-        users, targets, events, seen, seen_lengths, history = ([np.zeros(0, dtype=np.int64)] for _ in range(6))
+        vectors: list[Tensor] = []
+        nothing = np.zeros(0, dtype=np.int64)
+        rows = [(nothing,) * 6]
         for number, batch in enumerate(batches, 1):
             real = np.flatnonzero(on_host(batch.user_ids) >= 0)
             asked = [batch] if batch.request_times is None else [batch, replace(batch, request_times=None)]
             vectors.append(torch.stack([self._queries(each)[torch.from_numpy(real).to(device)] for each in asked]))
-            events.append(real if batch.target_events is None else on_host(batch.target_events)[real])
-            users.append(on_host(batch.user_ids)[real])
-            targets.append(on_host(batch.labels)[real])
-            history.append(batch.item_lengths[real])
-            if batch.seen is None:
-                seen_lengths.append(np.zeros(len(real), dtype=np.int64))
-            else:  # padding rows have no seen items
-                seen.append(on_host(batch.seen.values))
-                seen_lengths.append(on_host(batch.seen.lengths)[real])
-            collected += len(real) * _NUMBERS_PER_QUERY + int(seen_lengths[-1].sum())
+            events = real if batch.target_events is None else on_host(batch.target_events)[real]
+            seen, seen_lengths = nothing, np.zeros(len(real), dtype=np.int64)
+            if batch.seen is not None:  # padding rows have no seen items
+                seen, seen_lengths = on_host(batch.seen.values), on_host(batch.seen.lengths)[real]
+            users, targets = on_host(batch.user_ids)[real], on_host(batch.labels)[real]
+            rows.append((users, targets, seen, seen_lengths, events, batch.item_lengths[real]))
+            collected += len(real) * _NUMBERS_PER_QUERY + len(seen)
             if number == asked_at:  # a collective: again after as many batches, or half of those that seem to be left
                 left = ROUND_NUMBERS - (most := max(1, int(self.exchange.total(collected, ReduceOp.MAX))))
                 if left <= 0:
                     break
                 asked_at += max(1, min(number, left * number // (2 * most)))
-        joined = torch.cat(vectors[1:] or vectors, dim=1)
-        arrays = (np.tile(np.concatenate(parts), len(joined)) for parts in (users, targets, seen, seen_lengths))
-        return Queries(joined.flatten(0, 1), *arrays), len(joined), np.concatenate(events), np.concatenate(history)
+        joined = torch.cat(vectors or [torch.zeros((1, 0, 1), device=device)], dim=1)
+        *of_queries, events, history = map(np.concatenate, zip(*rows, strict=True))
+        arrays = (np.tile(each, len(joined)) for each in of_queries)
+        return Queries(joined.flatten(0, 1), *arrays), len(joined), events, history
 
     def _queries(self, batch: HSTUBatch) -> Tensor:
         queries = self.forward(batch).queries

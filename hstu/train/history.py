@@ -1,6 +1,5 @@
 """Metrics and losses of a run so far. Checkpoints contain them, so that a resumed run continues them."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hstu.config.args.task import LOWER_IS_BETTER
-from hstu.observe.records import EvalRecord, to_line
+from hstu.observe.records import EvalRecord, plain
 
 
 def _beats(value: float, than: float, lower: bool) -> bool:
@@ -71,7 +70,7 @@ class MetricsHistory:
     def state_dict(self) -> Any:
         """The state as JSON."""
         last = [record.as_json() for record in self._last.values()]
-        return json.loads(to_line({"last": last, "count": self._count, "extremes": self._extremes}))
+        return plain({"last": last, "count": self._count, "extremes": self._extremes})
 
     def load_state_dict(self, state_dict: Any) -> None:
         """Restore ``state_dict()``."""

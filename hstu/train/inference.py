@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -31,7 +32,7 @@ from hstu.train.tables import choose_tables
 
 log = logging.getLogger(__name__)
 
-_SIDE_FACTS = ("side", "lists", "known_after", "numbers", "number_widths", "tower")
+_LISTS = ("contextual", "side", "lists", "known_after", "numbers", "number_widths", "tower")
 """Fields of FeatureRoles that checkpoints store under the same names."""
 
 
@@ -42,10 +43,8 @@ class InferenceSource(StoreSource):
         """See StoreSource."""
         return with_room(tables, self.cardinalities)
 
-    @property
-    def number_statistics(self) -> Mapping[str, NumberStatistics]:
-        """See BatchSource. The checkpoint has the statistics of the training data."""
-        return {}
+    number_statistics: Mapping[str, NumberStatistics] = MappingProxyType({})
+    """The checkpoint has the statistics of the training data."""
 
     def new_to(self, checkpoint: Path, since: int | None) -> dict[str, np.ndarray]:
         """The ``newcomers`` of a period: users and items that the checkpoint has no row for.
@@ -95,18 +94,14 @@ class StoredSource(BatchSource):
         metadata = read_metadata(checkpoint)
         facts = metadata["features"]
         self.missing = missing
-        self.roles = FeatureRoles(
-            facts["item"],
-            facts["action"],
-            tuple(facts["contextual"]),
-            **{name: tuple(facts[name]) for name in _SIDE_FACTS},
-        )
+        lists = {name: tuple(facts[name]) for name in _LISTS}
+        self.roles = FeatureRoles(facts["item"], facts["action"], **lists)
         self.cardinalities = facts["cardinalities"]
         self.raw_features = tuple(facts["raw"])
         self.ranges = facts.get("ranges", {})
         self.raw_ids = RawIds.from_stored(open_tensors(checkpoint), self.roles.names)
         dynamic = read_tables(checkpoint)
-        stored = [
+        tables = [
             (DynamicEmbeddingArgs if name in dynamic else EmbeddingArgs)(
                 feature_names=entry["features"],
                 table_name=name,
@@ -115,7 +110,7 @@ class StoredSource(BatchSource):
             )
             for name, entry in metadata["tables"].items()
         ]
-        self.tables = with_room(choose_tables(config.embeddings, stored, self.roles.names), self.cardinalities)
+        self.tables = with_room(choose_tables(config.embeddings, tables, self.roles.names), self.cardinalities)
 
     def tower_features(self, ids: np.ndarray) -> ItemFeatures | None:
         """See BatchSource."""
@@ -133,8 +128,7 @@ def describe_features(source: BatchSource) -> dict[str, Any]:
     return {
         "item": source.roles.item,
         "action": source.roles.action,
-        "contextual": list(source.roles.contextual),
-        **{name: list(getattr(source.roles, name)) for name in _SIDE_FACTS},
+        **{name: list(getattr(source.roles, name)) for name in _LISTS},
         "cardinalities": source.cardinalities,
         "raw": list(source.raw_features),
         "ranges": dict(source.ranges),

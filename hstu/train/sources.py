@@ -75,6 +75,8 @@ class StoreSource(BatchSource):
         if args.shuffle_window_shards:
             bounds = np.searchsorted(samples.user, self.store.shard_users.astype(samples.user.dtype))
             self._windows = ShardWindows(bounds, args.shuffle_window_shards)
+        is_listed = len(samples) <= MOST_LISTED or self._windows is not None
+        self.trained_on = self._data | {"samples": len(samples)} | ({} if is_listed else {"order": "feistel"})
         self.plan_training(SampleLengths(samples.lengths, samples.num_candidates, samples.num_labels))
 
     def _open(self) -> None:
@@ -85,8 +87,11 @@ class StoreSource(BatchSource):
         second = args.eval_dataset_path
         self.eval_store = SequenceStore.open(store_path(replace(args, dataset_path=second))) if second else self.store
         """The data for evaluation."""
-        tasks, tower = tasks_of(config), config.has_item_tower
-        self.roles = resolve_roles(self.store, args, tasks, tower)
+        opened = {"the data": self.store, "eval_dataset_path": self.eval_store}
+        self.description = {
+            f"{file} of {of}": sha for of, store in opened.items() for file, sha in store.checksums.items()
+        }
+        self.roles = resolve_roles(self.store, args, tasks_of(config), config.has_item_tower)
         check_numbers(self.roles, config.numbers)
         check_split(self.store, args)
         for store in (self.store, self.eval_store):
@@ -113,15 +118,6 @@ class StoreSource(BatchSource):
         return tables
 
     @property
-    def description(self) -> dict[str, str]:
-        """See BatchSource: file → checksum."""
-        facts = {f"{file} of the data": checksum for file, checksum in self.store.checksums.items()}
-        if self.eval_store is not self.store:
-            evaluated = self.eval_store.checksums.items()
-            facts |= {f"{file} of eval_dataset_path": checksum for file, checksum in evaluated}
-        return facts
-
-    @property
     def _data(self) -> dict[str, Any]:
         """``trained_on``, as far as it does not depend on the samples."""
         cut_by = self.store.timestamp_feature if self._is_cut_in_time else None
@@ -137,13 +133,6 @@ class StoreSource(BatchSource):
             "segments": self.store.num_segments,
             **({"windows": f"{window} of {self.store.num_shards}"} if window else {}),
         }
-
-    @property
-    def trained_on(self) -> dict[str, Any]:
-        """See BatchSource."""
-        samples = len(self._train_samples)
-        is_listed = samples <= MOST_LISTED or self._windows is not None
-        return self._data | {"samples": samples} | ({} if is_listed else {"order": "feistel"})
 
     @cached_property
     def least_action(self) -> int:
@@ -316,6 +305,9 @@ class StoreSource(BatchSource):
 class RandomSource(BatchSource):
     """Random data in memory, for speed measurements."""
 
+    least_action = 0
+    """Any id of the table may occur."""
+
     def __init__(self, config: RunConfig, args: BenchmarkDatasetArgs, mesh: Mesh | None, world_size: int = 1) -> None:
         super().__init__(config, mesh, world_size)
         self._train = SyntheticDataset(config, self._rank, self._world_size, is_training=True)
@@ -332,11 +324,6 @@ class RandomSource(BatchSource):
             )
         self.plan_training(SampleLengths(*self._train.lengths()))
         self.eval_splits = self.final_splits = ("valid",)
-
-    @property
-    def least_action(self) -> int:
-        """See BatchSource. Any id of the table may occur."""
-        return 0
 
     def batch_of(self, samples: np.ndarray) -> HSTUBatch:
         """See BatchSource."""

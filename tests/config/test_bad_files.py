@@ -287,7 +287,7 @@ TOGETHER = [
     bad("benchmark without actions", "benchmark", "BenchmarkDatasetArgs.action_feature_name = None" + HERE,
         told=("ranking learns from actions",), alone=False),
     bad("benchmark item unknown", "benchmark", 'BenchmarkDatasetArgs.item_feature_name = "itme"' + HERE,
-        told=("no FeatureArgs has the feature 'itme'", "did you mean 'item'")),
+        told=("'itme' is in no FeatureArgs", "did you mean 'item'")),
     bad("benchmark feature without table", "benchmark", "BenchmarkDatasetArgs.embedding_args = "
         "[@item/EmbeddingArgs(), @action/EmbeddingArgs()]", "-user/EmbeddingArgs",
         'ctx/FeatureArgs.feature_names = ["user"]' + HERE, told=("'user' has no table",)),

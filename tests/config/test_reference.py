@@ -56,17 +56,15 @@ def referred(cls: type[Args], option: str) -> tuple[type[Args], Field[Any]]:
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert main(["--check", str(PAGE)]) == 0, "python -m hstu.config.reference --write docs/configuration.md"
+    text = PAGE.read_text(encoding="utf-8")
+    assert text == markdown(text), "python -m hstu.config.reference --write docs/configuration.md"
 
 
-def test_writing_keeps_what_is_written_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_writing_keeps_what_is_written_by_hand(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"# By hand\n\n{MARKER}\nold tables\n", encoding="utf-8")
-    assert main(["--check", str(page)]) == 1
-    assert "out of date" in capsys.readouterr().err
-    assert main(["--write", str(page)]) == 0
+    main(["--write", str(page)])
     written = page.read_text(encoding="utf-8")
     assert written.startswith("# By hand\n\n")
     assert "old tables" not in written
     assert written == markdown(written)
-    assert main(["--check", str(page)]) == 0

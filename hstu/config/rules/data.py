@@ -1,7 +1,7 @@
 """Rules about embedding tables in gin files, and about random benchmark data."""
 # ruff: noqa: D103
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from hstu.config.args import (
     Args,
@@ -40,6 +40,13 @@ def names_in(part: Args, parameter: str) -> list[str]:
     """The names that a parameter gives: one, a list or None. Empty if its value is wrong."""
     value = getattr(part, parameter, None)
     return [value] if isinstance(value, str) else value or []
+
+
+def unknown_names(part: Args, parameter: str, known: Collection[str], text: str) -> Iterator[Problem]:
+    """Reports names in this parameter of ``part`` that are not ``known``. ``text`` says so after the name."""
+    for name in names_in(part, parameter):
+        if name not in known:
+            yield problem(part, parameter, f"{name!r} {text}{did_you_mean(name, known)}")
 
 
 def tables_are_consistent(run: RunConfig) -> Iterator[Problem]:
@@ -129,23 +136,15 @@ def features_are_described_once(run: RunConfig, dataset: BenchmarkDatasetArgs) -
 def roles_are_features(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
     known = _groups(dataset)
     for parameter in ("item_feature_name", "action_feature_name", "contextual_feature_names"):
-        for name in names_in(dataset, parameter):
-            if name not in known:
-                text = f"no FeatureArgs has the feature {name!r}; choose one of {', '.join(known)}"
-                yield problem(dataset, parameter, text + did_you_mean(name, known))
+        yield from unknown_names(dataset, parameter, known, f"is in no FeatureArgs; choose one of {', '.join(known)}")
 
 
 def features_have_tables(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
     features, served = _groups(dataset), [name for table in dataset.embedding_args for name in table.feature_names]
-    for name, group in features.items():
-        if name not in served:
-            text = f"{name!r} has no table; add EmbeddingArgs for it to embedding_args"
-            yield problem(group, "feature_names", text + did_you_mean(name, served))
+    for group in dataset.feature_args:
+        yield from unknown_names(group, "feature_names", served, "has no table; add EmbeddingArgs to embedding_args")
     for table in dataset.embedding_args:
-        for name in table.feature_names:
-            if name not in features:
-                text = f"no FeatureArgs has the feature {name!r}; add one, or remove the feature here"
-                yield problem(table, "feature_names", text + did_you_mean(name, features))
+        yield from unknown_names(table, "feature_names", features, "is in no FeatureArgs; add one, or remove it here")
 
 
 def lengths_fit_the_roles(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
@@ -172,10 +171,8 @@ def groups_are_consistent(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iter
 
 def ids_have_one_distribution_each(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
     if isinstance(group.value_dists, dict):
-        for name in group.value_dists:
-            if name not in group.feature_names:
-                text = f"{name!r} is not one of {cited(group, 'feature_names')}; correct or remove it"
-                yield problem(group, "value_dists", text + did_you_mean(name, group.feature_names))
+        text = f"is not one of {cited(group, 'feature_names')}; correct or remove it"
+        yield from unknown_names(group, "value_dists", group.feature_names, text)
     elif group.value_dists is not None and len(group.value_dists) != len(group.feature_names):
         text = f"must have one distribution per feature of {cited(group, 'feature_names')}"
         yield problem(group, "value_dists", text)

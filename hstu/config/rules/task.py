@@ -8,8 +8,8 @@ from hstu.config.args import Args, BenchmarkDatasetArgs, DatasetArgs, RankingArg
 from hstu.config.args.dataset import SPLITS
 from hstu.config.args.task import LOSSES, METRICS_OF_KIND, fits_kind
 from hstu.config.option import cited, is_given, problem
-from hstu.config.problems import Problem, apply, did_you_mean, literal
-from hstu.config.rules.data import each_once, length_of_items, names_in
+from hstu.config.problems import Problem, apply, literal
+from hstu.config.rules.data import each_once, length_of_items, names_in, unknown_names
 from hstu.config.run_config import RunConfig
 
 # --- dataset -------------------------------------------------------------------------------------------------------
@@ -41,10 +41,8 @@ def numbers_are_side_features(run: RunConfig) -> Iterator[Problem]:
 
 def _are_side_features(run: RunConfig, part: Args, parameter: str) -> Iterator[Problem]:
     if isinstance(dataset := run.dataset, DatasetArgs):
-        for name in getattr(part, parameter):
-            if name not in dataset.side_feature_names:
-                text = f"{name!r} is not one of {cited(dataset, 'side_feature_names')}; add it there, too"
-                yield problem(part, parameter, text + did_you_mean(name, dataset.side_feature_names))
+        text = f"is not one of {cited(dataset, 'side_feature_names')}; add it there, too"
+        yield from unknown_names(part, parameter, dataset.side_feature_names, text)
 
 
 def candidates_leave_history(run: RunConfig) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from hstu.base.errors import ConfigError
 from hstu.base.remote import url_of
-from hstu.config.args import DatasetArgs, LRScheduleArgs, RankingArgs
+from hstu.config.args import DatasetArgs, RankingArgs
 from hstu.config.args.task import AT_LAST_EVENT, LOWER_IS_BETTER, METRICS_PER_TASK
 from hstu.config.option import cited, problem
 from hstu.config.problems import Problem, did_you_mean
@@ -137,7 +137,7 @@ def muon_has_whole_matrices(run: RunConfig) -> Iterator[Problem]:
 
 
 def milestones_fit_the_schedule(run: RunConfig) -> Iterator[Problem]:
-    for schedule in _schedules(run):
+    for schedule in filter(None, (run.schedule, run.table_schedule)):
         if any(left >= right for left, right in pairwise(schedule.milestones)):
             yield problem(schedule, "milestones", "must increase; sort them and remove repetitions")
         if schedule.schedule == "step" and not schedule.milestones:
@@ -145,7 +145,7 @@ def milestones_fit_the_schedule(run: RunConfig) -> Iterator[Problem]:
 
 
 def warmup_and_decay_fit_into_the_run(run: RunConfig) -> Iterator[Problem]:
-    for schedule in _schedules(run):
+    for schedule in filter(None, (run.schedule, run.table_schedule)):
         if (schedule.warmup_ratio or 0) + (schedule.decay_ratio or 0) > 1 and schedule.schedule != "cosine_restarts":
             other = cited(schedule, "warmup_ratio")
             yield problem(schedule, "decay_ratio", f"and {other} together exceed 1, the whole run; lower one of them")
@@ -154,16 +154,9 @@ def warmup_and_decay_fit_into_the_run(run: RunConfig) -> Iterator[Problem]:
             yield problem(schedule, "schedule", text)
 
 
-def _schedules(run: RunConfig) -> Iterator[LRScheduleArgs]:
-    yield run.schedule
-    if run.table_schedule is not None:
-        yield run.table_schedule
-
-
 RULES = (
     profiled_iterations_are_a_range, save_interval_is_not_zero, urls_are_where_they_may_be,
     best_metric_is_measured, best_metric_mode_fits_the_metric, token_limit_admits_the_longest_sequence,
     heads_divide, ranks_divide, parts_are_of_the_dense_weights, muon_has_whole_matrices,
-    milestones_fit_the_schedule,
-    warmup_and_decay_fit_into_the_run,
+    milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run,
 )  # fmt: skip

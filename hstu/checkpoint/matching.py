@@ -158,10 +158,7 @@ def match_tensors(
     options: LoadOptions,
     remaps: Mapping[str, RowRemap] = MappingProxyType({}),
 ) -> TensorMatch:
-    """Find the stored tensor for each tensor of a run.
-
-    ``own``, ``stored``: name → size in the run and in the checkpoint. ``remaps``: see TensorMatch.
-    """
+    """Find the stored tensor for each tensor of a run, both given as name → size. ``remaps``: see TensorMatch."""
     param_map = options.param_map
     own, stored = _to_load(own, options), _to_load(stored, options)
     stored_names: dict[str, str] = {}

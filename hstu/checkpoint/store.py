@@ -11,6 +11,7 @@ import logging
 import secrets
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.5
 
 
+@dataclass(eq=False)
 class CheckpointStore:
     """The checkpoints of one run. All methods are collective.
 
@@ -44,33 +46,28 @@ class CheckpointStore:
     ``save`` returns when everything is written.
     """
 
-    def __init__(
-        self,
-        save_dir: str | Path,
-        load_dir: str,
-        mesh: Mesh,
-        keep_last: int | None = None,
-        background_timeout_s: float | None = None,
-        load_options: LoadOptions | None = None,
-        url: str | None = None,
-    ) -> None:
-        self.save_dir = Path(save_dir)
-        self.load_dir = load_dir
-        self.mesh = mesh
+    save_dir: Path
+    load_dir: str
+    mesh: Mesh
+    keep_last: int | None = None
+    background_timeout_s: float | None = None
+    load_options: LoadOptions = LoadOptions()
+    url: str | None = None
+
+    def __post_init__(self) -> None:
         self.newest_iteration: int | None = None
         """Iteration of the last checkpoint in ``save_dir`` that this run has saved or loaded."""
         self._lock: DirectoryLock | None = None
         self._is_new = False
         self._found: Path | None = None
-        self._keep = keep_last
-        self._mirror = Mirror(url, self.save_dir, {self.save_dir: keep_last}) if url and mesh.is_main else None
-        self._load_options = load_options or LoadOptions()
+        mesh, kept = self.mesh, {self.save_dir: self.keep_last}
+        self._mirror = Mirror(self.url, self.save_dir, kept) if self.url and mesh.is_main else None
         self._work: list[Future[None]] = []
         self._thread: ThreadPoolExecutor | None = None
-        if background_timeout_s is not None:
+        if self.background_timeout_s is not None:
             # Its gloo group separates its collectives from training. Its heartbeat is separate because the watchdog
             # compares the main threads' heartbeats.
-            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=background_timeout_s))
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.background_timeout_s))
             self._thread_mesh = dataclasses.replace(mesh, world_group=group, heartbeat=Heartbeat())
             # Without this the thread would create a context on the host's first GPU, regardless of this rank's GPU.
             device = (torch.cuda.set_device, (mesh.device,)) if mesh.device.type == "cuda" else (None, ())
@@ -96,7 +93,7 @@ class CheckpointStore:
 
     def continues(self, run_directory: Path) -> bool:
         """Return whether ``restore`` continues the run that wrote to ``run_directory``."""
-        return self._load_options.optimizer and any(belongs(path, run_directory) for path in self._candidates())
+        return self.load_options.optimizer and any(belongs(path, run_directory) for path in self._candidates())
 
     def save(self, state: TrainState) -> None:
         """Save a checkpoint of ``state``, which may change afterwards. Raises CheckpointFailure.
@@ -199,8 +196,8 @@ class CheckpointStore:
         self._found = None
         if path is None:
             return False
-        load(path, state, self.mesh, self._load_options, is_checked=True)
-        resumes = self._load_options.optimizer
+        load(path, state, self.mesh, self.load_options, is_checked=True)
+        resumes = self.load_options.optimizer
         if resumes and self._is_own(path):
             self.newest_iteration = state.iteration
             if self._lock is not None:
@@ -239,8 +236,8 @@ class CheckpointStore:
         self._delete_older(folder.iteration_of(path))
 
     def _delete_older(self, iteration: int) -> None:
-        if self._keep is not None:
-            folder.delete_older(self.save_dir, iteration, self._keep)
+        if self.keep_last is not None:
+            folder.delete_older(self.save_dir, iteration, self.keep_last)
 
     def _claim(self) -> Path:
         try:
@@ -258,7 +255,7 @@ class CheckpointStore:
 
     def _check_others(self) -> None:
         others = folder.complete_checkpoints(self.save_dir)
-        own = self._load_options.optimizer and any(map(self._is_own, self._candidates()))
+        own = self.load_options.optimizer and any(map(self._is_own, self._candidates()))
         if others and not own:
             raise ConfigError(
                 f"TrainerArgs.ckpt_save_dir: '{self.save_dir}' holds the checkpoints of another run "

@@ -1,7 +1,4 @@
-"""Reads gin files and command-line bindings into a RunConfig, or raises an error that lists all mistakes.
-
-gin_scan.py reads bindings, gin_builder.py builds argument objects, and hstu/config/rules checks them.
-"""
+"""Reads gin files and command-line bindings into a RunConfig, or raises an error that lists all mistakes."""
 
 import os
 from collections.abc import Sequence

@@ -74,7 +74,6 @@ class TableShards:
 
     spec: TableSpec
     sharding: str
-    """row_wise, table_wise or column_wise."""
     shards: tuple[tuple[int, int, int], ...]
     """(rank, rows, columns) of each shard."""
 

@@ -8,6 +8,7 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Optional, TextIO
@@ -42,6 +43,7 @@ class RunDirectoryFailure(UserError):
     """The directory cannot be written any more, because the disk is full or permissions are lost."""
 
 
+@dataclass(eq=False)
 class RunDirectory:
     """Writes operative.gin at once, metrics.jsonl during the run, summary.json and curves.png at its end.
 
@@ -58,46 +60,40 @@ class RunDirectory:
     RunDirectoryFailure if the directory cannot be written later.
     """
 
-    def __init__(
-        self,
-        path: Path | str,
-        config_text: str,
-        is_main: bool = True,
-        *,
-        identity: str = "",
-        continues: bool = False,
-        task_names: Sequence[str] = (),
-        tensorboard: bool = False,
-        wandb_project: Optional[str] = None,
-        config: Mapping[str, Any] = MappingProxyType({}),
-    ) -> None:
-        self.path = Path(path)
-        self.is_main = is_main
-        self.log_file = self.path / "log.txt" if is_main else None
+    path: Path
+    config_text: str
+    is_main: bool = True
+    _: KW_ONLY
+    identity: str = ""
+    continues: bool = False
+    task_names: Sequence[str] = ()
+    tensorboard: bool = False
+    wandb_project: Optional[str] = None
+    config: Mapping[str, Any] = MappingProxyType({})
+
+    def __post_init__(self) -> None:
+        self.log_file = self.path / "log.txt" if self.is_main else None
         self.metrics_file = self.path / "metrics.jsonl"
         """Which records.py reads."""
-        self.identity = identity
-        self._task_names = task_names
         self.earlier: Optional[Path] = None
         self._metrics: Optional[TextIO] = None
         self._trackers: list[TensorBoard | WeightsAndBiases] = []
         self._opened = contextlib.ExitStack()
         self._failed = True
         self._best: Optional[int] = None
-        self._continues = continues
-        if not is_main:
+        if not self.is_main:
             return
         try:
-            self._open(config_text)
+            self._open()
         except OSError as error:
             raise ConfigError(
-                f"TrainerArgs.output_dir: the directory '{path}' cannot be written: {error.strerror or error}. "
+                f"TrainerArgs.output_dir: the directory '{self.path}' cannot be written: {error.strerror or error}. "
                 "Free space or permissions there, or give another directory: TrainerArgs.output_dir = '<directory>'."
             ) from error
-        if tensorboard:
+        if self.tensorboard:
             self._trackers.append(TensorBoard(self.path / "tensorboard"))
-        if wandb_project is not None:
-            self._trackers.append(WeightsAndBiases(wandb_project, self.path, config))
+        if self.wandb_project is not None:
+            self._trackers.append(WeightsAndBiases(self.wandb_project, self.path, self.config))
 
     def write(self, record: TrainRecord | EvalRecord) -> None:
         """Append a record to metrics.jsonl, flush the file, and send the numbers to the trackers."""
@@ -127,7 +123,7 @@ class RunDirectory:
         try:
             signal.signal(signal.SIGALRM, give_up)
             signal.setitimer(signal.ITIMER_REAL, _DRAWING_S)
-            return draw_curves(self.metrics_file, self.path / "curves.png", self._task_names, self._best)
+            return draw_curves(self.metrics_file, self.path / "curves.png", self.task_names, self._best)
         except Exception as error:  # of many types; the run itself is complete
             log.warning("%s is not drawn: %s. metrics.jsonl has all numbers.", self.path / "curves.png", error)
             return None
@@ -143,7 +139,7 @@ class RunDirectory:
     def discard(self) -> None:
         """Close and undo the changes of this start, because the run cannot begin. A resumed run stays as it is."""
         self.close()
-        if not self.is_main or self._continues:
+        if not self.is_main or self.continues:
             return
         for path in (path for pattern in _FILES for path in self.path.glob(pattern)):
             remove(path)
@@ -154,11 +150,11 @@ class RunDirectory:
         with contextlib.suppress(OSError):  # the directory is not empty
             self.path.rmdir()
 
-    def _open(self, config_text: str) -> None:
+    def _open(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         self._opened.callback(DirectoryLock(self.path, "TrainerArgs.output_dir").release)
         files = [path for pattern in _FILES for path in self.path.glob(pattern)]
-        if files and not self._continues:
+        if files and not self.continues:
             self.earlier = unused(self.path, "previous-{}")
             self.earlier.mkdir()
             for path in files:
@@ -166,10 +162,10 @@ class RunDirectory:
         if self.identity:
             replace_text(self.path / "run.json", self.identity)
         operative = self.path / "operative.gin"
-        changed = operative.exists() and operative.read_text(encoding="utf-8") != config_text
+        changed = operative.exists() and operative.read_text(encoding="utf-8") != self.config_text
         if changed:
             os.replace(operative, unused(self.path, "operative-{}.gin"))
-        replace_text(operative, config_text)
+        replace_text(operative, self.config_text)
         # Readers would mistake the summary of an earlier attempt for this attempt's summary.
         (self.path / "summary.json").unlink(missing_ok=True)
         resumed = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0

@@ -171,8 +171,8 @@ class Evaluator(ABC):
         self.between_batches()
 
 
-class LabelledItemEvaluator(Evaluator):
-    """Evaluates predictions for labelled items."""
+class RankingEvaluator(Evaluator):
+    """Metrics of the predicted actions of labelled items."""
 
     def observe(self, batches: Iterable[HSTUBatch]) -> Observations:
         """See Evaluator."""
@@ -190,10 +190,6 @@ class LabelledItemEvaluator(Evaluator):
                 found.append(of_ranking(batch, self.model.roles.item, on_host(logits), on_host(labels), requests))
         return Observations.joined(found[1:] or found)
 
-
-class RankingEvaluator(LabelledItemEvaluator):
-    """Metrics of the predicted actions."""
-
     def metrics(self, observations: Observations, exchange: Exchange = ALONE) -> dict[str, float]:
         """See Evaluator."""
         args, task = cast(RankingArgs, self.config.task_args), cast(RankingDense, unwrap_dense(self.model).task)
@@ -204,7 +200,7 @@ class RankingEvaluator(LabelledItemEvaluator):
         )
 
 
-class MultiTaskEvaluator(LabelledItemEvaluator):
+class MultiTaskEvaluator(RankingEvaluator):
     """Metrics of each of RankingArgs.tasks over the items with a label of this task, named as "AUC/click"."""
 
     @property

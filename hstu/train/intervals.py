@@ -8,10 +8,7 @@ from hstu.config.args.trainer import split_interval
 
 
 class Intervals:
-    """An interval has passed when a step takes iterations or epochs across one of its multiples.
-
-    Epochs follow from the position in the data.
-    """
+    """An interval has passed when a step takes iterations or epochs across one of its multiples."""
 
     def __init__(self, intervals: Mapping[str, int | str | None]) -> None:
         """``intervals``: name → value of a TrainerArgs option. None or 0: never."""

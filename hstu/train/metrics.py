@@ -88,9 +88,8 @@ def auc(scores: np.ndarray, positive: np.ndarray, exchange: Exchange = ALONE) ->
 
 def _counted(values: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct values, ascending, and the sums of their rows of ``counts``, int64 [n, columns]."""
-    distinct, places = np.unique(values, return_inverse=True)
-    sums = [np.bincount(places, column, len(distinct)) for column in counts.T]
-    return distinct, np.stack(sums, axis=1).astype(np.int64)
+    sums = pd.DataFrame(counts.astype(np.int64)).groupby(values).sum()
+    return sums.index.to_numpy(), sums.to_numpy()
 
 
 def grouped_auc(scores: np.ndarray, positive: np.ndarray, users: np.ndarray, exchange: Exchange = ALONE) -> float:

@@ -194,7 +194,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]
 
 def flip_bytes(mesh: Mesh, directory: str, number: int, seed: int) -> list[dict[str, Any]]:
     """Change one byte of the newer of two checkpoints, ``number`` times; load it by name, then with "auto"."""
-    state, store = new_state(mesh, optimizer="adam"), CheckpointStore(directory, "auto", mesh)
+    state, store = new_state(mesh, optimizer="adam"), CheckpointStore(Path(directory), "auto", mesh)
     digests = {}
     for steps in (2, 2):
         train_state(state, mesh, steps)

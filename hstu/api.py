@@ -33,7 +33,7 @@ from hstu.config.problems import literal
 from hstu.config.rules import RULES
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.preprocess import InteractionColumns, import_interactions
-from hstu.data.preprocess.report import format_report
+from hstu.data.preprocess.report import format_report as format_report
 from hstu.data.preprocess.starter import write_starters
 from hstu.data.preprocess.state import open_engine
 from hstu.data.rules import DATA_RULES
@@ -41,7 +41,7 @@ from hstu.data.sampling.splits import Split
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.estimate.estimate import beside_tables_of_run
 from hstu.parallel.dynamic.table import merged
-from hstu.serve.histories import histories
+from hstu.serve.histories import histories as histories
 from hstu.serve.loaded import LoadedModel, mesh_of_this_process
 from hstu.serve.predict import evaluate_split, item_vectors
 from hstu.serve.runtime.requests import History
@@ -49,23 +49,6 @@ from hstu.train.corpus import Corpus, Queries, recommend
 from hstu.train.inference import StoredSource
 from hstu.train.main import start_mesh, train_here
 from hstu.train.metrics import retrieval_metrics
-
-__all__ = [
-    "History",
-    "Recommendation",
-    "Table",
-    "TrainedModel",
-    "dataset",
-    "encode_users",
-    "format_recommendations",
-    "format_report",
-    "histories",
-    "load",
-    "open_store",
-    "retrieval_scores",
-    "train",
-]
-
 
 open_store = SequenceStore.open
 

@@ -58,10 +58,8 @@ class Absent(DataError):
 
 
 def url_of(path: str | Path | None) -> str | None:
-    """The URL that a path is, also after ``Path`` has made "s3:/bucket" of "s3://bucket"; None for a local path.
-
-    Raises ConfigError for a URL with credentials.
-    """
+    """The URL that a path is, also after ``Path`` has made "s3:/bucket" of it; None for a local path. Raises
+    ConfigError for a URL with credentials."""
     found = _URL.fullmatch(str(path or ""))
     if found is None or found[1] == "file":
         return None

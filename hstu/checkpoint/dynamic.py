@@ -94,11 +94,7 @@ def _from_export(tensors: Mapping[str, Tensor]) -> dict[str, list[TableContent]]
 def table_problems(
     table: DynamicTable, name: str, parts: Sequence[TableContent], remap: RowRemap | None, *, with_states: bool
 ) -> list[str]:
-    """Return one line for each thing that a table needs and the checkpoint lacks.
-
-    ``name``, ``parts``: the table's name and content in the checkpoint. ``remap``: set if its ids have other codes
-    there. ``with_states``: whether optimizer states are needed.
-    """
+    """Return one line for each thing that a table, ``name`` in the checkpoint, needs and ``parts`` of it there lack."""
     if not parts:
         return [f"dynamic table {name} is not in the checkpoint"]
     problems, states, width = [], parts[0].states, parts[0].rows.shape[1]  # states and width are equal in all parts

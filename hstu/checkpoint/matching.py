@@ -203,11 +203,9 @@ class ConfigDifference(NamedTuple):
     """A gin parameter with different values in two configurations."""
 
     name: str
-    """Gin name with scope."""
     stored: str
     own: str
     changes: Changes
-    """What the parameter affects."""
 
     def __str__(self) -> str:
         return f"{self.name} = {self.stored} in the checkpoint, {self.own} in this run"

@@ -41,7 +41,6 @@ class Snapshot:
     """Name of a file that rank 0 writes → its content."""
     random_state: dict[str, Tensor]
     dynamic: TableDicts
-    """This rank's part of the dynamic tables."""
 
     @classmethod
     def of(cls, state: TrainState, mesh: Mesh, copies: HostCopies | None = None) -> Self:

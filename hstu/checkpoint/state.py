@@ -51,7 +51,6 @@ class TrainState:
     features: dict[str, Any] = field(default_factory=dict)
     """JSON: features that the model reads, with numbers of ids, for use without the data."""
     trained_on: dict[str, Any] = field(default_factory=dict)
-    """JSON: see BatchSource.trained_on."""
     carried: dict[str, Stateful] = field(default_factory=dict)
     """Name → further state of a run: JSON, equal on all ranks."""
     carried_in_phase: dict[str, Stateful] = field(default_factory=dict)
@@ -84,8 +83,7 @@ class TrainState:
                 states[f"dense.{name}"] = self._whole(parameter, tensor)
             else:
                 states[f"{_canonical(parameter)}.{state}"] = tensor
-        for name, tensor in self.optimizers.tables.replicated_state_tensors().items():
-            states[f"tables.{name}"] = tensor
+        states |= {f"tables.{name}": each for name, each in self.optimizers.tables.replicated_state_tensors().items()}
         for table in self._sharded():
             for state in self.optimizers.tables.training[table.name].states:
                 held = tables.get(f"{table.name}.{state}", [])

@@ -96,11 +96,8 @@ class CheckpointStore:
         return self.load_options.optimizer and any(belongs(path, run_directory) for path in self._candidates())
 
     def save(self, state: TrainState) -> None:
-        """Save a checkpoint of ``state``, which may change afterwards. Raises CheckpointFailure.
-
-        In the background only the previous checkpoint is complete when this returns; ``poll`` and ``wait`` raise
-        the errors of this one.
-        """
+        """Save a checkpoint of ``state``, which may change afterwards. Raises CheckpointFailure. In the background,
+        ``poll`` and ``wait`` raise it."""
         self.wait()
         snapshot = Snapshot.of(state, self.mesh, self._copies)
         self._run(lambda mesh: self._write(snapshot, mesh))
@@ -146,9 +143,7 @@ class CheckpointStore:
             each.result()
 
     def finish_uploads(self) -> None:
-        """Wait until everything that was saved is at the URL. Raises CheckpointFailure if the last could not go there.
-
-        Ranks meet every few seconds, so that none of them seems to be stuck."""
+        """Wait until all that was saved is at the URL. Raises CheckpointFailure if the last could not go there."""
         while not on_rank_0(lambda: self._mirror is None or self._mirror.is_done(5.0), self.mesh.world_group):
             self.mesh.heartbeat.beat()
         mirror, self._mirror = self._mirror, None
@@ -170,10 +165,7 @@ class CheckpointStore:
                     self.save_dir.rmdir()
 
     def find(self) -> Path | None:
-        """Return the checkpoint to restore, whose files are intact; None if none is configured, or there is none yet.
-
-        "auto" skips damaged ones. Raises DataError.
-        """
+        """Return the checkpoint to restore, which is intact, or None. "auto" skips damaged ones. Raises DataError."""
         paths = collective_io(self._candidates, self.mesh, on_rank_0)
         for self._found in paths:
             try:

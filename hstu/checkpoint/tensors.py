@@ -29,7 +29,6 @@ TENSORS = "tensors"
 RANDOM_FILES = "rng_rank*.pt"
 """Files of the generators of each rank. What has none, an export for example, holds weights alone."""
 CONSOLIDATED = "model.safetensors"
-"""File of an export's tensors."""
 EXPORT_VERSION = 1
 
 WEIGHTS = "model."
@@ -41,7 +40,6 @@ DYNAMIC = "dynamic."
 AVERAGE = "average"
 """Optimizer state that is also a weight: the moving average (OptimizerArgs.ema_decay)."""
 STATES = "optimizer."
-"""Prefix of all optimizer states."""
 _DENSE_STATES = "optimizer.dense."
 _EXTREMES = {str: {str: {str: {"value": float | None, "iter": int, "number": int}}}}
 _EVALUATION = {"iter": int, "epoch": float, "split": str, "metrics": {str: float | None}}

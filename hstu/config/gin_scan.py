@@ -114,35 +114,33 @@ def _scan_text(result: Scan, text: str, source: Location, included_by: tuple[str
         if isinstance(statement, Binding):
             result.bindings.append(statement)
         elif included_by is None:
-            result.problems.append(Problem("a stored configuration must not include anything", statement.at))
+            result.problems.append(Problem("a stored configuration must not include anything", statement[1]))
         else:
-            _include(result, statement, included_by)
+            _include(result, *statement, included_by)
 
 
-@dataclass(frozen=True)
-class _Include:
-    name: str
-    at: Location
-
-
-def _include(result: Scan, include: _Include, included_by: tuple[str, ...]) -> None:
+def _include(result: Scan, name: str, at: Location, included_by: tuple[str, ...]) -> None:
     """Reads an included file: a path relative to the working directory, as in gin, or to the including file, or the
     name of a shipped file."""
-    beside = Path(include.at.name).parent / include.name
-    shipped = Path(shipped_configs().get(include.name.removesuffix(".gin"), ""))
-    found = next((path for path in (Path(include.name), beside, shipped) if path.is_file()), None)
-    statement = f"include {literal(include.name)}"
+    beside = Path(at.name).parent / name
+    shipped = Path(shipped_configs().get(name.removesuffix(".gin"), ""))
+    found = next((path for path in (Path(name), beside, shipped) if path.is_file()), None)
+    statement = f"include {literal(name)}"
     if found is None:
         guess = did_you_mean(beside.name, [entry.name for entry in sorted(beside.parent.glob("*.gin"))])
-        result.problems.append(Problem(f"{statement}: no such file (nor {beside}){guess}", include.at))
+        result.problems.append(Problem(f"{statement}: no such file (nor {beside}){guess}", at))
         result.complete = False
     elif any(found.samefile(parent) for parent in included_by):
-        result.problems.append(Problem(f"{statement}: the file includes itself", include.at))
+        result.problems.append(Problem(f"{statement}: the file includes itself", at))
     else:
         _scan_file(result, str(found), included_by)
 
 
 # --- statements of one text ---------------------------------------------------------------------------------------
+
+
+Include = tuple[str, Location]
+"""The name in an include statement, and where it stands."""
 
 
 class _Delegate(config_parser.ParserDelegate):
@@ -156,7 +154,7 @@ class _Delegate(config_parser.ParserDelegate):
         return Macro(macro_name)
 
 
-def _statements(text: str, source: Location, problems: list[Problem]) -> list[Binding | _Include]:
+def _statements(text: str, source: Location, problems: list[Problem]) -> list[Binding | Include]:
     """The statements of a text. After a syntax error, parses each statement alone to find all errors."""
     of_whole: list[Problem] = []
     statements = list(_parse(text, source, 1, of_whole))
@@ -188,7 +186,7 @@ def _chunks(text: str) -> Iterator[tuple[int, str]]:
     yield first, chunk
 
 
-def _parse(text: str, source: Location, first_line: int, errors: list[Problem]) -> Iterator[Binding | _Include]:
+def _parse(text: str, source: Location, first_line: int, errors: list[Problem]) -> Iterator[Binding | Include]:
     """The statements before the first error, which is added to ``errors``."""
     try:
         for statement in config_parser.ConfigParser(text, _Delegate()):
@@ -196,7 +194,7 @@ def _parse(text: str, source: Location, first_line: int, errors: list[Problem]) 
             if isinstance(statement, config_parser.BindingStatement):
                 yield Binding(statement.scope, statement.selector, statement.arg_name, statement.value, at)
             elif isinstance(statement, config_parser.IncludeStatement):
-                yield _Include(statement.filename, at)
+                yield statement.filename, at
             elif isinstance(statement, config_parser.ImportStatement):
                 reason = "a gin file is data and imports nothing; remove the line"
                 errors.append(Problem(f"import {statement.module}: {reason}", at))

@@ -47,7 +47,6 @@ class Need:
     excepted: bool = False
     """Invert the condition: any value except ``values`` meets it."""
     why: str = ""
-    """The reason, if it is not obvious."""
     strict: bool = False
     """Whether an unmet condition is an error, because the user expects another run, instead of a warning."""
 

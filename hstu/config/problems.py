@@ -76,13 +76,8 @@ def show(value: Any) -> str:
 
 
 def literal(value: Any) -> str:
-    """``repr``, or ``ascii`` if the text cannot be encoded as UTF-8."""
-    text = repr(value)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return ascii(value)
-    return text
+    """``repr``, with escapes for what cannot be encoded as UTF-8."""
+    return repr(value).encode(errors="backslashreplace").decode()
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:

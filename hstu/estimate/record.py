@@ -42,7 +42,6 @@ class Exchange:
     group: str
     """Field of Mesh that has the group."""
     ranks: int
-    """Size of the group."""
     kind: str
     payload: int
     """Bytes of this rank's input; of an uneven all-to-all, of an even one in which others get or send as much."""

@@ -44,7 +44,6 @@ class Transfer:
     group: str
     """Field of Mesh that has the group."""
     ranks: int
-    """Size of the group."""
     calls: int
     payload: int
     """Bytes of a rank's inputs, summed over the calls; of the busiest rank if ranks differ."""

@@ -46,7 +46,6 @@ class Settings:
     preprocess: Sequence[str]
     """Arguments of the preprocessing that name the columns of the data."""
     scripts: Path
-    """Directory of the command-line tools."""
     train_on: str
     """TrainerArgs.continue_on of the parts after the first: new_events, or all so far."""
     epochs: float
@@ -119,7 +118,6 @@ class Stream:
         write_page(self.results, self.settings.run_dir)
 
     def _scored(self, store: SequenceStore, since: int) -> SampleTable:
-        """The samples by which the model was evaluated."""
         config = load_stored(locate(self._checkpoints) / GIN)
         assert isinstance(config.dataset, DatasetArgs)
         return build_samples(store, config.dataset, config.task, Period(since, most=self.settings.most_scored), seed=0)

@@ -56,7 +56,6 @@ class BatchSource(ABC):
     label_facts: Mapping[str, LabelFacts]
     """Label of ``roles.labels`` → the values that occur; empty without data."""
     max_items: int
-    """Items of the longest sequence."""
     negatives: Negatives | None
     train_lengths: SampleLengths
     batches_per_epoch: int
@@ -66,7 +65,6 @@ class BatchSource(ABC):
     final_splits: tuple[Split, ...]
     """Splits evaluated after the last iteration. Both may be empty."""
     phase: Phase = Phase()
-    """What the training samples are."""
     description: dict[str, str]
     """Facts that must be equal on all ranks, besides the configuration: name → value."""
     trained_on: dict[str, Any]
@@ -155,10 +153,7 @@ class BatchSource(ABC):
 
 
 def choose_partition(config: RunConfig, roles: FeatureRoles, lengths: SampleLengths) -> BatchPartition | None:
-    """Partition of global batches over data-parallel ranks; None for contiguous slices of equal counts.
-
-    Raises ConfigError if a sequence of ``max_items`` items has more tokens than a rank may have.
-    """
+    """How ranks divide global batches; None: equal slices. Raises ConfigError if the longest sequence fits no rank."""
     trainer, network = config.trainer, config.network
     if trainer.tokens_per_rank is None and not trainer.enable_balanced_shuffler:
         return None

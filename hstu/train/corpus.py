@@ -24,7 +24,6 @@ CHUNK_ITEMS = 16384
 CPU_PRODUCT_ITEMS = 2048
 """Items scored at once on a CPU. Their 4 MiB of scores stay in its caches, and the memory is reused."""
 BLOCK_QUERIES = 512
-"""Most queries scored at once."""
 ROUND_QUERIES = 16384
 """Most queries gathered at once, or one per rank: 16 MiB with vectors of width 256."""
 PART_CHUNKS = 8

@@ -113,10 +113,7 @@ class Selection:
 
 
 class RunningLoss:
-    """The mean loss since the last record. Only ``pop`` and ``state_dict`` wait for the device.
-
-    ``tasks``: names of the tasks, each of which has a part of the loss; empty if there is one.
-    """
+    """The mean loss since the last record, and its parts. Only ``pop`` and ``state_dict`` wait for the device."""
 
     def __init__(self, device: torch.device, tasks: Sequence[str] = ()) -> None:
         self._tasks = tasks

@@ -157,12 +157,9 @@ def zero_spare_rows(state: TrainState, source: BatchSource) -> None:
 
 
 def zero_untrained_items(state: TrainState, source: BatchSource) -> None:
-    """Zero the rows of items in no training sample, so that an item tower represents them by their features alone.
-
-    Dynamic tables are left unchanged: they have no rows for such items.
-    """
+    """Zero the rows of items in no training sample, so that an item tower represents them by their features alone."""
     spec = next(spec for spec in state.model.specs if source.roles.item in spec.features)
-    if spec.dynamic is None and isinstance(source, StoreSource):
+    if spec.dynamic is None and isinstance(source, StoreSource):  # dynamic tables have no rows for such items
         occurs = source.item_counts > 0
         log.info("item tower: %s of %s items occur in no training sample", f"{(~occurs).sum():,}", f"{len(occurs):,}")
         _zero_rows(state, spec, np.pad(~occurs, (0, spec.rows - len(occurs))))

@@ -80,7 +80,6 @@ class StoreSource(BatchSource):
         self.plan_training(SampleLengths(samples.lengths, samples.num_candidates, samples.num_labels))
 
     def _open(self) -> None:
-        """Open the data and check that the configuration fits it."""
         config, args = self._config, self._args
         self.store = SequenceStore.open(store_path(args), most_open=2 * args.shuffle_window_shards or None)
         self.ranges = self.store.ranges

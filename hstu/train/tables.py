@@ -26,10 +26,8 @@ def choose_tables(
     features: Sequence[str],
     numbers: Collection[str] = (),
 ) -> tuple[EmbeddingArgs, ...]:
-    """One table for each of ``features``: the configured table, or else the predefined one.
-
-    Raises ConfigError for features without a table, unknown features and repeated table names.
-    """
+    """One table for each of ``features``: the configured or else the predefined one. Raises ConfigError without
+    one, for unknown features and for repeated table names."""
     problems = []
     for table in by_hand:
         unknown = [name for name in table.feature_names if name not in features]

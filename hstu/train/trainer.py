@@ -233,7 +233,6 @@ class Trainer:
         return lr_multiplier(schedule, iteration, total, epoch - epochs_before, epoch_start)
 
     def _after_step(self, bar: tqdm[Any]) -> None:
-        """Log, evaluate, save and collect garbage at their intervals."""
         iteration, args = self.state.iteration, self.args
         last = iteration == self.total_iters
         due = self._intervals.due
@@ -310,10 +309,7 @@ class Trainer:
         self.evaluate(others, last)
 
     def evaluate(self, splits: tuple[Split, ...], iteration: int | None = None) -> None:
-        """Evaluate and record ``splits``. Raises Stopped at a stop signal; a resumed run repeats that split.
-
-        ``iteration``: that of the weights. None: the last.
-        """
+        """Evaluate and record ``splits``. ``iteration``: that of the weights. Raises Stopped at a stop signal."""
         iteration = self.state.iteration if iteration is None else iteration
         self.pipeline.resolve()
         for split in splits:

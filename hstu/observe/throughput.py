@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer
 
 from hstu.config.args import NetworkArgs, TrainerArgs
 from hstu.data.batches.batch import HSTUBatch
@@ -212,15 +213,8 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
     """Best rate over products of a size that keeps the device busy."""
     size = 8192 if device.type == "cuda" else 1024
     left = torch.ones(size, size, device=device, dtype=dtype)
-    torch.matmul(left, left)  # the first product also loads the library and starts its threads
-    times: list[float] = []
-    while len(times) < 10 and sum(times) < 0.3:
-        begun = time.perf_counter()
-        torch.matmul(left, left)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begun)
-    return 2.0 * size**3 / min(times) / 1e12
+    timer = Timer("left @ left", globals={"left": left}, num_threads=torch.get_num_threads())
+    return 2.0 * size**3 / min(timer.blocked_autorange(min_run_time=0.3).times) / 1e12
 
 
 class Profiler:

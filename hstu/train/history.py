@@ -12,8 +12,8 @@ from hstu.config.args.task import LOWER_IS_BETTER
 from hstu.observe.records import EvalRecord, plain
 
 
-def _beats(value: float, than: float, lower: bool) -> bool:
-    return not math.isnan(value) and (math.isnan(than) or (value < than if lower else value > than))
+def _beats(value: float, than: float | None, lower: bool) -> bool:
+    return not math.isnan(value) and (than is None or (value < than if lower else value > than))
 
 
 class MetricsHistory:
@@ -24,7 +24,8 @@ class MetricsHistory:
         self._count: dict[str, int] = {}
         """split → number of evaluations."""
         self._extremes: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
-        """split → metric → "max" or "min" → {"value", "iter", "number"} of the first evaluation with this extreme."""
+        """split → metric → "max" or "min" → {"value", "iter", "number"} of the first evaluation with this extreme;
+        the value is None if it was always undefined."""
 
     @property
     def last(self) -> dict[str, dict[str, float]]:
@@ -53,7 +54,8 @@ class MetricsHistory:
             found = extremes.setdefault(name, {})
             for mode in ("max", "min"):
                 if mode not in found or _beats(value, found[mode]["value"], mode == "min"):
-                    found[mode] = {"value": value, "iter": record.iteration, "number": self._count[split]}
+                    known = None if math.isnan(value) else value
+                    found[mode] = {"value": known, "iter": record.iteration, "number": self._count[split]}
 
     def has(self, split: str, iteration: int) -> bool:
         """Whether the last evaluation of the split was at this iteration."""
@@ -63,7 +65,7 @@ class MetricsHistory:
         """(best value, its iteration, evaluations since), or (nan, None, all evaluations). mode: "max" or "min"."""
         count = self._count.get(split, 0)
         found = self._extremes.get(split, {}).get(metric, {}).get(mode)
-        if found is None or math.isnan(found["value"]):
+        if found is None or found["value"] is None:
             return math.nan, None, count
         return found["value"], found["iter"], count - found["number"]
 
@@ -77,9 +79,6 @@ class MetricsHistory:
         records = [EvalRecord.from_json(record) for record in state_dict["last"]]
         self._last, self._count = {record.split: record for record in records}, state_dict["count"]
         self._extremes = state_dict["extremes"]
-        for found in (found for extremes in self._extremes.values() for found in extremes.values()):
-            for extreme in found.values():
-                extreme["value"] = math.nan if extreme["value"] is None else extreme["value"]
 
 
 @dataclass

@@ -2,12 +2,11 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from hstu.base.errors import DataError
 from hstu.checkpoint.directory import (
@@ -48,18 +47,6 @@ _SHOWN_PROBLEMS = 10
 _EVERYTHING = LoadOptions()
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """Properties that decide whether a checkpoint fits a run."""
-
-    sizes: Mapping[str, torch.Size]
-    """Tensor of the run, named as in TrainState.tensors → size."""
-    specs: Sequence[TableSpec]
-    raw_ids: RawIds
-    operative_gin: str = ""
-    """Configuration of the run. Empty: not compared."""
-
-
 def load(
     path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions = _EVERYTHING, *, is_checked: bool = False
 ) -> list[str]:
@@ -72,11 +59,13 @@ def load(
     Raises, on every rank, DamagedCheckpoint if files are damaged or missing, and DataError, with the differences of the
     configuration, if something does not fit with ``options.strict``, or of other data than ``state.phase``.
     """
-    root, sizes = Path(path), {name: tensor.size() for name, tensor in state.tensors().items()}
-    shape = ModelShape(sizes, state.model.specs, state.raw_ids, state.operative_gin)
+    root, specs = Path(path), state.model.specs
+    sizes = {name: tensor.size() for name, tensor in state.tensors().items()}
     if not is_checked:
         check_all_files(root, mesh)
-    match, differences, remaps = collective_io(lambda: match_checkpoint(root, shape, options), mesh)
+    match, differences, remaps = collective_io(
+        lambda: match_checkpoint(root, options, sizes, specs, state.raw_ids, state.operative_gin), mesh
+    )
     if options.zero_new_rows:
         _zero_tables(match, state)
     collective_io(lambda: _read_tensors(open_tensors(root), match, state, mesh), mesh)
@@ -118,21 +107,22 @@ def check_all_files(root: Path, mesh: Mesh) -> None:
 
 
 def match_checkpoint(
-    root: Path, shape: ModelShape, options: LoadOptions
+    root: Path, options: LoadOptions, sizes: Mapping[str, Size], specs: Sequence[TableSpec], raw_ids: RawIds, gin: str
 ) -> tuple[TensorMatch, list[ConfigDifference], dict[str, RowRemap]]:
-    """Return (matches, configuration differences, table weight → remap). Raises DataError if it refuses to load."""
+    """Return (matches, configuration differences, table weight → remap). Raises DataError if it refuses to load.
+    ``sizes``: tensor of the run, named as in TrainState.tensors → size. ``gin``: not compared if empty."""
     if options.optimizer and not listed_files(root, RANDOM_FILES):
         raise DataError(
             f"{root} holds only weights. Set TrainerArgs.ckpt_load_optimizer = False to start from them at iteration 0."
         )
-    stored_sizes, remaps = open_tensors(root).sizes, _remaps(root, shape, options)
-    own_tables = [f"{TABLES}{spec.name}" for spec in shape.specs]
+    stored_sizes, remaps = open_tensors(root).sizes, _remaps(root, options, specs, raw_ids)
+    own_tables = [f"{TABLES}{spec.name}" for spec in specs]
     stored_tables = [f"{TABLES}{name}" for name in read_metadata(root).get("tables", {})]
-    if mistakes := options.param_map.problems([*shape.sizes, *own_tables], [*stored_sizes, *stored_tables]):
+    if mistakes := options.param_map.problems([*sizes, *own_tables], [*stored_sizes, *stored_tables]):
         raise DataError(_message(root, mistakes, [], "Correct the file."))
-    match = match_tensors(shape.sizes, stored_sizes, options, remaps)
+    match = match_tensors(sizes, stored_sizes, options, remaps)
     stored_gin = verified_file(root, GIN).read_text(encoding="utf-8")
-    differences = config_differences(stored_gin, shape.operative_gin) if shape.operative_gin else []
+    differences = config_differences(stored_gin, gin) if gin else []
     problems = match.problems(options.accepts_new_rows)
     if options.strict and (problems or any(entry.changes == "model" for entry in differences)):
         shown = [entry for entry in differences if entry.changes in ("model", "tensors")]
@@ -145,17 +135,17 @@ def match_checkpoint(
     return match, differences, remaps
 
 
-def _remaps(root: Path, shape: ModelShape, options: LoadOptions) -> dict[str, RowRemap]:
+def _remaps(root: Path, options: LoadOptions, specs: Sequence[TableSpec], raw_ids: RawIds) -> dict[str, RowRemap]:
     """Return table weight → remap, for tables whose rows have other raw ids in the checkpoint."""
     tensors, stored_tables, remaps = open_tensors(root), read_metadata(root).get("tables", {}), {}
-    for table in shape.specs:
+    for table in specs:
         is_dynamic = table.dynamic is not None
         features = [feature for feature in table.features if not is_of_negatives(feature)]
         stored_features = stored_tables.get(_stored_table(options, table.name), {}).get("features", [])
         if len(stored_features) == len(features):
-            rows = sum(map(shape.raw_ids.count, features)) if is_dynamic else table.rows
+            rows = sum(map(raw_ids.count, features)) if is_dynamic else table.rows
             stored = RawIds.from_stored(tensors, stored_features)
-            own_ids = [shape.raw_ids.features.get(name) for name in features]
+            own_ids = [raw_ids.features.get(name) for name in features]
             stored_ids = [stored.features.get(name) for name in stored_features]
             remap = remap_rows(rows, own_ids, stored_ids)
             if is_dynamic and any((own is None) != (old is None) for own, old in zip(own_ids, stored_ids, strict=True)):
@@ -196,7 +186,7 @@ def _read_tensors(stored: StoredTensors, match: TensorMatch, state: TrainState, 
 class _Destination:
     """Destination of a stored tensor: the live pieces, or a buffer whose remapped rows are copied afterwards."""
 
-    def __init__(self, tensor: Tensor | ShardedView, stored: torch.Size, remap: RowRemap | None) -> None:
+    def __init__(self, tensor: Tensor | ShardedView, stored: Size, remap: RowRemap | None) -> None:
         live = ShardedView.whole(tensor)
         self._copies: list[tuple[Tensor, np.ndarray, Tensor]] = []
         if remap is None:

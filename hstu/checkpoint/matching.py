@@ -119,15 +119,15 @@ class Resized(NamedTuple):
 class TensorMatch:
     """The tensors to read, and everything that does not fit."""
 
-    stored_names: Mapping[str, str]
-    """Tensor of the run → tensor of the checkpoint, to be read whole or in part."""
-    missing: tuple[str, ...] = ()
-    """Tensors that only the run has."""
-    unexpected: tuple[str, ...] = ()
-    """Tensors that only the checkpoint has."""
-    resized: tuple[Resized, ...] = ()
-    remaps: Mapping[str, RowRemap] = field(default_factory=dict)
+    remaps: Mapping[str, RowRemap]
     """Table weight → remap, for tables whose rows have other raw ids in the checkpoint."""
+    stored_names: dict[str, str] = field(default_factory=dict)
+    """Tensor of the run → tensor of the checkpoint, to be read whole or in part."""
+    missing: list[str] = field(default_factory=list)
+    """Tensors that only the run has."""
+    unexpected: list[str] = field(default_factory=list)
+    """Tensors that only the checkpoint has."""
+    resized: list[Resized] = field(default_factory=list)
 
     def problems(self, accepts_new_rows: bool = False) -> list[str]:
         """Return one line per mismatch. ``accepts_new_rows``: see LoadOptions."""
@@ -161,33 +161,28 @@ def match_tensors(
     """Find the stored tensor for each tensor of a run, both given as name → size. ``remaps``: see TensorMatch."""
     param_map = options.param_map
     own, stored = _to_load(own, options), _to_load(stored, options)
-    stored_names: dict[str, str] = {}
-    missing, resized, found = [], [], set()
+    match = TensorMatch({name: each for name, each in remaps.items() if param_map.stored_name(name) in stored})
+    found = set()
     for name, size in own.items():
         stored_name = param_map.stored_name(name)
         weight, state = split_name(stored_name)
         if state == AVERAGE and stored_name not in stored:
             stored_name = weight  # a missing moving average starts from its weight
         if stored_name not in stored:
-            missing.append(name if name == stored_name else f"{name} (there: {stored_name})")
+            match.missing.append(name if name == stored_name else f"{name} (there: {stored_name})")
             continue
         found.add(stored_name)
         pair, remap = Resized(name, stored[stored_name], size), remaps.get(split_name(name)[0])
         is_as_wide = pair.stored[1:] == size[1:]
         if pair.stored != size and not (remap and is_as_wide):
-            resized.append(pair)
+            match.resized.append(pair)
         can_be_read = remap.source_rows is not None and is_as_wide if remap else pair.stored == size or pair.common_rows
         if can_be_read:
-            stored_names[name] = stored_name
-    return TensorMatch(
-        stored_names=stored_names,
-        missing=tuple(missing),
-        unexpected=tuple(  # a run without moving averages ignores stored ones
-            name for name in stored if name not in found and (options.optimizer or split_name(name)[1] != AVERAGE)
-        ),
-        resized=tuple(resized),
-        remaps={name: remap for name, remap in remaps.items() if param_map.stored_name(name) in stored},
-    )
+            match.stored_names[name] = stored_name
+    left = (name for name in stored if name not in found)
+    # A run without moving averages ignores stored ones.
+    match.unexpected.extend(name for name in left if options.optimizer or split_name(name)[1] != AVERAGE)
+    return match
 
 
 def _to_load(tensors: Mapping[str, Size], options: LoadOptions) -> dict[str, Size]:

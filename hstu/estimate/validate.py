@@ -19,7 +19,7 @@ import torch
 from hstu.base.errors import ConfigError, UserError
 from hstu.checkpoint.directory import file_problems, read_manifest
 from hstu.checkpoint.find import AUTO, candidates
-from hstu.checkpoint.load import ModelShape, match_checkpoint
+from hstu.checkpoint.load import match_checkpoint
 from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.phase import choose_phase
 from hstu.checkpoint.raw_ids import RawIds
@@ -218,9 +218,8 @@ def match_the_checkpoint(run: RunDraft, built: Built) -> None:
                 choose_phase(built.checkpoint, built.source.trained_on, built.store, run.trainer.continue_on)
     with suppress(Unknown):
         gin = run.finish().operative_gin()
-    shape = ModelShape(built.tensors, built.specs, raw_ids, gin)
     with built.at(run.trainer, "ckpt_load_dir"):
-        match_checkpoint(built.checkpoint, shape, built.load_options)
+        match_checkpoint(built.checkpoint, built.load_options, built.tensors, built.specs, raw_ids, gin)
 
 
 def memory_is_enough(run: RunDraft, built: Built) -> None:

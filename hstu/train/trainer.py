@@ -264,9 +264,10 @@ class Trainer:
         if rates.ranks.get("slowest_excess", 0.0) >= SLOW_BY:
             straggler = f"rank {rates.ranks['slowest_rank']} ({self._host_of(int(rates.ranks['slowest_rank']))})"
         scale, optimizers = self._loss_scale, self.state.optimizers
-        norms = {name: float(norm) for name, norm in self._grad_norms.items()}
+        norms: dict[str, Any] = {name: float(norm) for name, norm in self._grad_norms.items()}
         record = TrainRecord(
             **vars(rates),
+            **norms,
             iteration=self.state.iteration,
             epoch=self._epoch(self.state.iteration),
             loss=loss,
@@ -277,8 +278,6 @@ class Trainer:
                 part.regex: (part.learning_rate or optimizers.dense.learning_rate) * optimizers.lr_multiplier
                 for part in self.config.optimizer.part_optimizers
             },
-            grad_norm=norms.get("grad_norm"),
-            grad_norm_tables=norms.get("grad_norm_tables"),
             memory_bytes=memory_bytes(self.mesh.device),
             time_s=time.monotonic() - self._begun,
             loss_scale=None if scale is None else scale.value,

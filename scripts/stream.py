@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from hstu.base.errors import EXIT_DONE, ConfigError
 from hstu.config.cli import tool
 from hstu.observe.environment import missing_packages
-from hstu.stream.loop import Settings, Stream
+from hstu.stream.loop import Stream
 from hstu.stream.parts import Directory, Source, Topic
 from hstu.stream.report import summary
 
@@ -77,17 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--{name} {getattr(options, name)}: give {least} or more")
     if options.train_on == "new_events" and options.epochs < 1:
         raise ConfigError(f"--epochs {options.epochs} would leave out events: give 1 or more, or --train_on all")
-    settings = Settings(
-        run_dir=options.run_dir.absolute(), task=options.task, gin_files=options.gin_config_file,
-        gin_bindings=options.gin_bindings, preprocess=columns, scripts=Path(__file__).resolve().parent,
-        train_on=options.train_on, epochs=options.epochs, frozen_after=options.frozen_after,
-        ranks=options.nproc_per_node, exports=not options.no_export, most_scored=options.most_scored,
-    )  # fmt: skip
     if options.source.startswith("kafka://"):
         source: Source = Topic(options.source, options.part_events, options.max_bad)
     else:
         source = Directory(options.source)
-    stream = Stream(settings, source)
+    stream = Stream(
+        source=source, run_dir=options.run_dir.absolute(), task=options.task, gin_files=options.gin_config_file,
+        gin_bindings=options.gin_bindings, preprocess=columns, scripts=Path(__file__).resolve().parent,
+        train_on=options.train_on, epochs=options.epochs, frozen_after=options.frozen_after,
+        ranks=options.nproc_per_node, exports=not options.no_export, most_scored=options.most_scored,
+    )  # fmt: skip
     watch = _metrics(options.metrics_port) if options.metrics_port else None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     while True:
@@ -98,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(summary(stream.results[-1]), flush=True)
             time.sleep(max(0.0, begun + options.every_s - time.monotonic()))
         elif options.once:
-            print(f"{options.source}: no part is left; {stream.settings.run_dir / 'stream.md'} has the results")
+            print(f"{options.source}: no part is left; {stream.run_dir / 'stream.md'} has the results")
             return EXIT_DONE
         else:
             time.sleep(options.poll_s)

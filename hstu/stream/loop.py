@@ -35,10 +35,11 @@ _COUNTS = ("events", "users", "items")
 _EVALUATED = ("users", "predictions", "metrics", "half_widths")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a stream does with each part."""
+@dataclass(kw_only=True)
+class Stream:
+    """A stream in a directory, which only one process may work on. Raises ConfigError if another one does."""
 
+    source: Source
     run_dir: Path
     task: Task
     gin_files: Sequence[str]
@@ -55,22 +56,14 @@ class Settings:
     exports: bool
     most_scored: int | None
     """Events of a part to evaluate at most, drawn at random; None: all."""
-
-
-@dataclass
-class Stream:
-    """A stream in a directory, which only one process may work on. Raises ConfigError if another one does."""
-
-    settings: Settings
-    source: Source
     results: list[dict[str, Any]] = field(init=False)
     """Of the parts that are done, in order."""
 
     def __post_init__(self) -> None:
-        self.settings.run_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = DirectoryLock(self.settings.run_dir, "--run_dir")
-        self._store, self._checkpoints = (self.settings.run_dir / name for name in ("store", "checkpoints"))
-        done = sorted((self.settings.run_dir / "parts").glob("*/result.json"))
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = DirectoryLock(self.run_dir, "--run_dir")
+        self._store, self._checkpoints = (self.run_dir / name for name in ("store", "checkpoints"))
+        done = sorted((self.run_dir / "parts").glob("*/result.json"))
         self.results = [json.loads(file.read_text(encoding="utf-8")) for file in done]
 
     @property
@@ -80,7 +73,7 @@ class Stream:
 
     def advance(self) -> bool:
         """Do the next part. False: none is there. Raises UserError if a step fails; the next call repeats the step."""
-        folder = self.settings.run_dir / "parts" / f"{len(self.results) + 1:05d}"
+        folder = self.run_dir / "parts" / f"{len(self.results) + 1:05d}"
         begun, taken = folder / "part.json", self.taken
         if begun.exists():  # a part that was begun is finished before all others
             name = json.loads(begun.read_text(encoding="utf-8"))["name"]
@@ -108,61 +101,60 @@ class Stream:
                 if (file := folder / f"{kind}.json").exists():
                     found = json.loads(file.read_text(encoding="utf-8"))
                     result[kind] = {key: found[key] for key in found if key in _EVALUATED}
-            if self.settings.task == "retrieval" and "evaluation" in result:
+            if self.task == "retrieval" and "evaluation" in result:
                 result["popular"] = popularity(store, self._scored(store, before["newest"] + 1))
         result |= {**counts, "new": {key: counts[key] - before[key] for key in _COUNTS}, "seconds": seconds}
         result["done"] = int(time.time())
         replace_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
         self.results.append(result)
         remove(folder / "copies")
-        write_page(self.results, self.settings.run_dir)
+        write_page(self.results, self.run_dir)
 
     def _scored(self, store: SequenceStore, since: int) -> SampleTable:
         config = load_stored(locate(self._checkpoints) / GIN)
         assert isinstance(config.dataset, DatasetArgs)
-        return build_samples(store, config.dataset, config.task, Period(since, most=self.settings.most_scored), seed=0)
+        return build_samples(store, config.dataset, config.task, Period(since, most=self.most_scored), seed=0)
 
     def _steps(self, folder: Path, before: int | None, newest: int) -> dict[str, float]:
         """Do the steps after the append. Returns the seconds of each. ``before``, ``newest``: times of the newest event
         without this part and with it; None: this is the first part."""
-        frozen, seconds = self.settings.run_dir / "frozen", dict[str, float]()
+        frozen, seconds = self.run_dir / "frozen", dict[str, float]()
         if before is not None and newest > before:  # ahead of the training, so that the model does not know the part
             seconds["evaluate"] = self._evaluate(folder / "evaluation.json", self._checkpoints, before + 1)
             if frozen.exists():
                 seconds["frozen"] = self._evaluate(folder / "frozen.json", frozen, before + 1)
         seconds["train"] = self._train(folder, is_first=before is None)
-        if self.settings.exports:
+        if self.exports:
             seconds["export"] = self._export(folder)
-        if len(self.results) + 1 == self.settings.frozen_after:
+        if len(self.results) + 1 == self.frozen_after:
             self._run(folder, "export.py", "--ckpt", self._checkpoints, "--output", frozen, made=frozen)
         return seconds
 
     def _append(self, folder: Path, files: Sequence[Path], is_first: bool) -> float:
         append = [] if is_first else ["--append"]
-        return self._run(folder, "preprocess_dataset.py", *self.settings.preprocess, "--interactions", *files,
+        return self._run(folder, "preprocess_dataset.py", *self.preprocess, "--interactions", *files,
                          "--output", self._store, *append)  # fmt: skip
 
     def _evaluate(self, made: Path, model: Path, since: int) -> float:
-        most = [] if self.settings.most_scored is None else ["--most", self.settings.most_scored]
+        most = [] if self.most_scored is None else ["--most", self.most_scored]
         return self._run(made.parent, "evaluate.py", "--ckpt", model, "--data", self._store, "--since", since, *most,
                          "--output", made, made=made)  # fmt: skip
 
     def _train(self, folder: Path, is_first: bool) -> float:
-        settings, run = self.settings, self.settings.run_dir
         bindings = [
-            *settings.gin_bindings, f"DatasetArgs.dataset_path = {str(self._store)!r}", 'DatasetArgs.split = "none"',
-            f"TrainerArgs.output_dir = {str(run / 'training')!r}", "TrainerArgs.eval_interval = 0",
+            *self.gin_bindings, f"DatasetArgs.dataset_path = {str(self._store)!r}", 'DatasetArgs.split = "none"',
+            f"TrainerArgs.output_dir = {str(self.run_dir / 'training')!r}", "TrainerArgs.eval_interval = 0",
             f"TrainerArgs.ckpt_save_dir = {str(self._checkpoints)!r}", 'TrainerArgs.ckpt_load_dir = "auto"',
-            f"TrainerArgs.continue_on = {settings.train_on!r}", 'TrainerArgs.progress_bar = "off"',
+            f"TrainerArgs.continue_on = {self.train_on!r}", 'TrainerArgs.progress_bar = "off"',
         ]  # fmt: skip
         if not is_first:
-            bindings.append(f"TrainerArgs.num_train_epochs = {settings.epochs}")
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", settings.ranks]
-        return self._run(folder, *(launcher if settings.ranks > 1 else []), "-m", "hstu.entry", settings.task,
-                         "--gin-config-file", *settings.gin_files, "--gin-bindings", *bindings)  # fmt: skip
+            bindings.append(f"TrainerArgs.num_train_epochs = {self.epochs}")
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", self.ranks]
+        return self._run(folder, *(launcher if self.ranks > 1 else []), "-m", "hstu.entry", self.task,
+                         "--gin-config-file", *self.gin_files, "--gin-bindings", *bindings)  # fmt: skip
 
     def _export(self, folder: Path) -> float:
-        exports = self.settings.run_dir / "exports"
+        exports = self.run_dir / "exports"
         exports.mkdir(exist_ok=True)
         earlier = sorted(path for path in exports.glob("[0-9]*") if path.name < folder.name)
         delta = ["--delta", earlier[-1]] if earlier else []
@@ -176,7 +168,7 @@ class Stream:
             return 0.0
         words = [str(word) for word in command]
         if words[0].endswith(".py"):
-            words[0] = str(self.settings.scripts / words[0])
+            words[0] = str(self.scripts / words[0])
         begun, output = time.monotonic(), folder / "output.txt"
         with output.open("ab") as file:
             file.write(f"$ {' '.join(words)}\n".encode())

@@ -171,7 +171,7 @@ def with_metrics(config: RunConfig, names: Sequence[str]) -> RunConfig:
     args = config.task_args
     if not isinstance(args, RankingArgs) or args.tasks is None:
         changed = replace(config, task_args=replace(args, eval_metrics=tuple(names)))
-        ConfigError.raise_if(in_reading_order(metrics_fit_the_head(changed)))
+        ConfigError.raise_if(in_reading_order(metrics_fit_the_head(changed, changed.task_args)))
         return changed
     fitting = {task.task_name: [name for name in names if fits_kind(name.upper(), task.kind)] for task in args.tasks}
     if missing := [name for name in names if not any(name in own for own in fitting.values())]:

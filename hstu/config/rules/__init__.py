@@ -53,7 +53,15 @@ def _is_not_excluded(run: RunConfig, part: Args, field: Field[Any]) -> Iterator[
             yield problem(part, field.name, text)
 
 
-RULES: Sequence[Rule] = (given_options_combine, *training.RULES, *task.RULES, *data.RULES)
+def parts_are_consistent(run: RunConfig) -> Iterator[Problem]:
+    """Each argument object follows the rules of its class, which receive the run and the object."""
+    for part in run.all_args():
+        for cls, rules in (*training.RULES_OF.items(), *task.RULES_OF.items(), *data.RULES_OF.items()):
+            if isinstance(part, cls):
+                yield from apply(rules, run, part)
+
+
+RULES: Sequence[Rule] = (given_options_combine, parts_are_consistent, *training.RULES, *task.RULES, *data.RULES)
 
 
 def validate(config: RunConfig, world_size: int, rules: Iterable[Rule] = RULES) -> list[str]:

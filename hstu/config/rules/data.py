@@ -1,7 +1,7 @@
 """Rules about embedding tables in gin files, and about random benchmark data."""
 # ruff: noqa: D103
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from hstu.config.args import (
     Args,
@@ -14,8 +14,11 @@ from hstu.config.args import (
 )
 from hstu.config.args.optimizer import OF_MATRICES, ROWWISE
 from hstu.config.option import cited, problem
-from hstu.config.problems import Problem, apply, did_you_mean
+from hstu.config.problems import Problem, did_you_mean
 from hstu.config.run_config import RunConfig
+
+RulesOf = Mapping[type[Args], tuple[Callable[..., Iterator[Problem]], ...]]
+"""Argument class → rules on the run and each object of the class."""
 
 # --- tables of the gin files ----------------------------------------------------------------------------------------
 
@@ -49,11 +52,6 @@ def unknown_names(part: Args, parameter: str, known: Collection[str], text: str)
             yield problem(part, parameter, f"{name!r} {text}{did_you_mean(name, known)}")
 
 
-def tables_are_consistent(run: RunConfig) -> Iterator[Problem]:
-    for table in run.embeddings:
-        yield from apply(RULES_OF_A_TABLE, run, table)
-
-
 def rowwise_states_forbid_column_wise(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
     if table.sharding == "column_wise" and _may_be_sharded(table):
         owner, parameter = _optimizer_of(run, table)
@@ -72,9 +70,7 @@ def rowwise_adagrad_is_for_sharded_tables(run: RunConfig, table: EmbeddingArgs) 
         yield problem(table, "optimizer_str", text)
 
 
-def dynamic_tables_choose_their_kernel(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
-    if not isinstance(table, DynamicEmbeddingArgs):
-        return
+def dynamic_tables_choose_their_kernel(run: RunConfig, table: DynamicEmbeddingArgs) -> Iterator[Problem]:
     if table.compute_kernel is not None:
         text = "is not for dynamic tables, whose kernel follows from caching and their GPU memory; remove it"
         yield problem(table, "compute_kernel", text)
@@ -104,12 +100,6 @@ def _optimizer_of(run: RunConfig, table: EmbeddingArgs) -> tuple[Args, str]:
     return run.optimizer, "optimizer_str" if by_default else "sparse_optimizer_str"
 
 
-RULES_OF_A_TABLE = (
-    rowwise_states_forbid_column_wise, rowwise_adagrad_is_for_sharded_tables,
-    dynamic_tables_choose_their_kernel, dense_kernel_has_adam,
-)  # fmt: skip
-
-
 # --- random benchmark data -------------------------------------------------------------------------------------------
 
 
@@ -122,11 +112,6 @@ def length_of_items(run: RunConfig) -> DatasetArgs | FeatureArgs | None:
 
 def _groups(dataset: BenchmarkDatasetArgs) -> dict[str, FeatureArgs]:
     return {name: group for group in reversed(dataset.feature_args) for name in group.feature_names}
-
-
-def benchmark_is_consistent(run: RunConfig) -> Iterator[Problem]:
-    if isinstance(run.dataset, BenchmarkDatasetArgs):
-        yield from apply(RULES_OF_THE_DATA, run, run.dataset)
 
 
 def features_are_described_once(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
@@ -164,11 +149,6 @@ def lengths_fit_the_roles(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iter
         yield problem(dataset, "action_feature_name", text)
 
 
-def groups_are_consistent(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
-    for group in dataset.feature_args:
-        yield from apply((ids_have_one_distribution_each, distributions_have_a_range), run, group)
-
-
 def ids_have_one_distribution_each(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
     if isinstance(group.value_dists, dict):
         text = f"is not one of {cited(group, 'feature_names')}; correct or remove it"
@@ -195,7 +175,14 @@ def distributions_have_a_range(run: RunConfig, group: FeatureArgs) -> Iterator[P
             yield problem(dist, "mean", f"must be above 0 with {cited(dist, 'dist_type')}; raise it")
 
 
-RULES_OF_THE_DATA = (
-    features_are_described_once, roles_are_features, features_have_tables, lengths_fit_the_roles, groups_are_consistent,
-)  # fmt: skip
-RULES = (names_of_tables_and_features_are_unique, tables_are_consistent, benchmark_is_consistent)
+RULES = (names_of_tables_and_features_are_unique,)
+RULES_OF: RulesOf = {
+    EmbeddingArgs: (
+        rowwise_states_forbid_column_wise, rowwise_adagrad_is_for_sharded_tables, dense_kernel_has_adam,
+    ),
+    DynamicEmbeddingArgs: (dynamic_tables_choose_their_kernel,),
+    BenchmarkDatasetArgs: (
+        features_are_described_once, roles_are_features, features_have_tables, lengths_fit_the_roles,
+    ),
+    FeatureArgs: (ids_have_one_distribution_each, distributions_have_a_range),
+}  # fmt: skip

@@ -4,12 +4,19 @@
 import re
 from collections.abc import Iterator
 
-from hstu.config.args import Args, BenchmarkDatasetArgs, DatasetArgs, RankingArgs, RankingTaskArgs
+from hstu.config.args import (
+    BenchmarkDatasetArgs,
+    DatasetArgs,
+    NumericFeatureArgs,
+    RankingArgs,
+    RankingTaskArgs,
+    RetrievalArgs,
+)
 from hstu.config.args.dataset import SPLITS
 from hstu.config.args.task import LOSSES, METRICS_OF_KIND, fits_kind
 from hstu.config.option import cited, is_given, problem
-from hstu.config.problems import Problem, apply, literal
-from hstu.config.rules.data import each_once, length_of_items, names_in, unknown_names
+from hstu.config.problems import Problem, literal
+from hstu.config.rules.data import RulesOf, each_once, length_of_items, names_in, unknown_names
 from hstu.config.run_config import RunConfig
 
 # --- dataset -------------------------------------------------------------------------------------------------------
@@ -27,20 +34,16 @@ def features_have_one_role(run: RunConfig) -> Iterator[Problem]:
             owners[name] = parameter
 
 
-def what_is_known_after_is_a_side_feature(run: RunConfig) -> Iterator[Problem]:
-    yield from _are_side_features(run, run.dataset, "known_after")
-
-
-def numbers_are_side_features(run: RunConfig) -> Iterator[Problem]:
+def numbers_are_described_once(run: RunConfig) -> Iterator[Problem]:
     yield from each_once(run.numbers, "feature_names")
-    for numbers in run.numbers:
-        if isinstance(run.dataset, BenchmarkDatasetArgs):
-            yield problem(numbers, "feature_names", "has no effect on random data, which has no numbers; remove it")
-        yield from _are_side_features(run, numbers, "feature_names")
 
 
-def _are_side_features(run: RunConfig, part: Args, parameter: str) -> Iterator[Problem]:
-    if isinstance(dataset := run.dataset, DatasetArgs):
+def are_side_features(run: RunConfig, part: DatasetArgs | NumericFeatureArgs) -> Iterator[Problem]:
+    """Numbers, and what is known after the event, are among the side features."""
+    parameter = "known_after" if isinstance(part, DatasetArgs) else "feature_names"
+    if isinstance(dataset := run.dataset, BenchmarkDatasetArgs):
+        yield problem(part, parameter, "has no effect on random data, which has no numbers; remove it")
+    else:
         text = f"is not one of {cited(dataset, 'side_feature_names')}; add it there, too"
         yield from unknown_names(part, parameter, dataset.side_feature_names, text)
 
@@ -52,31 +55,27 @@ def candidates_leave_history(run: RunConfig) -> Iterator[Problem]:
         yield problem(run.dataset, "max_num_candidates", text)
 
 
-def windows_leave_no_gap(run: RunConfig) -> Iterator[Problem]:
-    dataset, stride = run.dataset, getattr(run.dataset, "window_stride", None)
-    if isinstance(stride, int) and stride > run.max_items:
+def windows_leave_no_gap(run: RunConfig, dataset: DatasetArgs) -> Iterator[Problem]:
+    if isinstance(dataset.window_stride, int) and dataset.window_stride > dataset.max_sequence_length:
         text = f"leaves out items between the windows: must be at most {cited(dataset, 'max_sequence_length')}"
         yield problem(dataset, "window_stride", text)
 
 
-def split_fits_the_task(run: RunConfig) -> Iterator[Problem]:
-    if isinstance(run.dataset, DatasetArgs) and run.dataset.split not in ("auto", *SPLITS[run.task]):
-        yield problem(run.dataset, "split", f"is not for {run.task}; use {_any_of(('auto', *SPLITS[run.task]))}")
+def split_fits_the_task(run: RunConfig, dataset: DatasetArgs) -> Iterator[Problem]:
+    if dataset.split not in ("auto", *SPLITS[run.task]):
+        yield problem(dataset, "split", f"is not for {run.task}; use {_any_of(('auto', *SPLITS[run.task]))}")
 
 
-def a_fraction_cuts_time_or_users(run: RunConfig) -> Iterator[Problem]:
-    dataset = run.dataset
-    if not isinstance(dataset, DatasetArgs) or not is_given(dataset, "train_fraction"):
-        return
-    if dataset.split == "none" or (run.task == "retrieval" and dataset.split != "time"):
+def a_fraction_cuts_time_or_users(run: RunConfig, dataset: DatasetArgs) -> Iterator[Problem]:
+    cuts = dataset.split != "none" and (run.task == "ranking" or dataset.split == "time")
+    if is_given(dataset, "train_fraction") and not cuts:
         held_out = "nothing" if dataset.split == "none" else "each user's last items"
         text = f"has no effect with {cited(dataset, 'split')} in {run.task}, which holds out {held_out}"
         yield problem(dataset, "train_fraction", f'{text}; remove it, or set split to "time"', is_warning=True)
 
 
-def what_is_evaluated_is_held_out(run: RunConfig) -> Iterator[Problem]:
-    dataset = run.dataset
-    if isinstance(dataset, DatasetArgs) and dataset.split == "none" and not dataset.eval_dataset_path:
+def what_is_evaluated_is_held_out(run: RunConfig, dataset: DatasetArgs) -> Iterator[Problem]:
+    if dataset.split == "none" and not dataset.eval_dataset_path:
         for parameter in ("best_metric", "eval_at_start"):
             if getattr(run.trainer, parameter):
                 other = ", or set DatasetArgs.eval_dataset_path" if run.task == "ranking" else ""
@@ -87,15 +86,14 @@ def what_is_evaluated_is_held_out(run: RunConfig) -> Iterator[Problem]:
 # --- ranking -------------------------------------------------------------------------------------------------------
 
 
-def users_are_left_for_the_test(run: RunConfig) -> Iterator[Problem]:
-    dataset = run.dataset
-    if isinstance(dataset, DatasetArgs) and dataset.train_fraction + dataset.valid_fraction >= 1:
+def users_are_left_for_the_test(run: RunConfig, dataset: DatasetArgs) -> Iterator[Problem]:
+    if dataset.train_fraction + dataset.valid_fraction >= 1:
         text = f"leaves no users for the test beside {cited(dataset, 'train_fraction')}; their sum must be below 1"
         yield problem(dataset, "valid_fraction", text)
 
 
-def head_fits_the_tasks(run: RunConfig) -> Iterator[Problem]:
-    if isinstance(ranking := run.task_args, RankingArgs) and ranking.tasks is None:
+def head_fits_the_tasks(run: RunConfig, ranking: RankingArgs) -> Iterator[Problem]:
+    if ranking.tasks is None:
         last = ranking.prediction_head_arch[-1]
         if ranking.num_tasks not in (1, last):
             text = (
@@ -105,8 +103,8 @@ def head_fits_the_tasks(run: RunConfig) -> Iterator[Problem]:
             yield problem(ranking, "prediction_head_arch", text)
 
 
-def metrics_fit_the_head(run: RunConfig) -> Iterator[Problem]:
-    if isinstance(ranking := run.task_args, RankingArgs) and ranking.tasks is None:
+def metrics_fit_the_head(run: RunConfig, ranking: RankingArgs | RetrievalArgs) -> Iterator[Problem]:
+    if isinstance(ranking, RankingArgs) and ranking.tasks is None:
         for metric in ranking.eval_metrics:
             if metric.startswith("AUC>=") and (ranking.num_tasks > 1 or ranking.prediction_head_arch[-1] == 1):
                 text = (
@@ -137,28 +135,23 @@ def ranking_has_actions(run: RunConfig) -> Iterator[Problem]:
 # --- retrieval -----------------------------------------------------------------------------------------------------
 
 
-def retrieval_has_a_next_item(run: RunConfig) -> Iterator[Problem]:
-    dataset = run.dataset
-    if run.task == "retrieval" and isinstance(dataset, DatasetArgs) and dataset.max_sequence_length < 2:
+def retrieval_has_a_next_item(run: RunConfig, dataset: DatasetArgs) -> Iterator[Problem]:
+    if run.task == "retrieval" and dataset.max_sequence_length < 2:
         yield problem(dataset, "max_sequence_length", "must be at least 2 for retrieval: an item and the next one")
 
 
-def number_of_negatives_fits_their_kind(run: RunConfig) -> Iterator[Problem]:
-    if (retrieval := run.retrieval) is not None:
-        kind = cited(retrieval, "negatives")
-        if retrieval.negatives in ("uniform", "mixed") and retrieval.num_negatives <= 0:
-            yield problem(retrieval, "num_negatives", f"must be above 0 with {kind}, for example 128")
-        if retrieval.negatives == "full" and retrieval.num_negatives > 0:
-            yield problem(retrieval, "num_negatives", f"must be -1 with {kind}, which takes the whole corpus")
+def number_of_negatives_fits_their_kind(run: RunConfig, retrieval: RetrievalArgs) -> Iterator[Problem]:
+    kind = cited(retrieval, "negatives")
+    if retrieval.negatives in ("uniform", "mixed") and retrieval.num_negatives <= 0:
+        yield problem(retrieval, "num_negatives", f"must be above 0 with {kind}, for example 128")
+    if retrieval.negatives == "full" and retrieval.num_negatives > 0:
+        yield problem(retrieval, "num_negatives", f"must be -1 with {kind}, which takes the whole corpus")
 
 
-def item_towers_have_features(run: RunConfig) -> Iterator[Problem]:
-    retrieval, dataset = run.retrieval, run.dataset
-    if retrieval is None or not retrieval.item_tower or isinstance(dataset, BenchmarkDatasetArgs):
-        return
-    if set(dataset.side_feature_names) <= set(dataset.known_after):
+def item_towers_have_features(run: RunConfig, dataset: DatasetArgs) -> Iterator[Problem]:
+    if run.has_item_tower and set(dataset.side_feature_names) <= set(dataset.known_after):
         text = "makes the vectors of items from their features; name some in DatasetArgs.side_feature_names"
-        yield problem(retrieval, "item_tower", text)
+        yield problem(run.task_args, "item_tower", text)
 
 
 # --- positions and masks -------------------------------------------------------------------------------------------
@@ -227,11 +220,6 @@ def tasks_of(run: RunConfig) -> list[RankingTaskArgs]:
     return (run.task_args.tasks or []) if isinstance(run.task_args, RankingArgs) else []
 
 
-def each_task_is_consistent(run: RunConfig) -> Iterator[Problem]:
-    for task in tasks_of(run):
-        yield from apply(RULES_OF_A_TASK, run, task)
-
-
 def kinds_have_their_option(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
     if task.kind == "class" and task.num_classes is None:
         yield problem(task, "kind", "needs RankingTaskArgs.num_classes; bind it under the scope of this task")
@@ -288,16 +276,22 @@ def _any_of(values: tuple[str, ...]) -> str:
     return " or ".join(map(literal, values))
 
 
-RULES_OF_A_TASK = (
-    kinds_have_their_option, a_condition_stands_alone, loss_fits_the_kind, metrics_fit_the_kind,
-    candidates_are_compared, labels_are_hidden,
-)  # fmt: skip
 RULES = (
-    features_have_one_role, what_is_known_after_is_a_side_feature, numbers_are_side_features,
-    candidates_leave_history, windows_leave_no_gap, split_fits_the_task, a_fraction_cuts_time_or_users,
-    what_is_evaluated_is_held_out, users_are_left_for_the_test, head_fits_the_tasks, metrics_fit_the_head,
-    labels_are_not_inputs, ranking_has_actions, retrieval_has_a_next_item,
-    number_of_negatives_fits_their_kind, item_towers_have_features,
-    position_encodings_combine, each_task_is_consistent, tasks_have_different_names, spans_fit_the_layers,
+    features_have_one_role, numbers_are_described_once, candidates_leave_history, labels_are_not_inputs,
+    ranking_has_actions, position_encodings_combine, tasks_have_different_names, spans_fit_the_layers,
     truncation_leaves_layers, masks_hide_the_labels,
 )  # fmt: skip
+RULES_OF: RulesOf = {
+    DatasetArgs: (
+        are_side_features, windows_leave_no_gap, split_fits_the_task, a_fraction_cuts_time_or_users,
+        what_is_evaluated_is_held_out, users_are_left_for_the_test, retrieval_has_a_next_item,
+        item_towers_have_features,
+    ),
+    NumericFeatureArgs: (are_side_features,),
+    RankingArgs: (head_fits_the_tasks, metrics_fit_the_head),
+    RankingTaskArgs: (
+        kinds_have_their_option, a_condition_stands_alone, loss_fits_the_kind, metrics_fit_the_kind,
+        candidates_are_compared, labels_are_hidden,
+    ),
+    RetrievalArgs: (number_of_negatives_fits_their_kind,),
+}  # fmt: skip

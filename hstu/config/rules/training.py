@@ -7,26 +7,25 @@ from itertools import pairwise
 
 from hstu.base.errors import ConfigError
 from hstu.base.remote import url_of
-from hstu.config.args import DatasetArgs, RankingArgs
+from hstu.config.args import DatasetArgs, LRScheduleArgs, PartOptimizerArgs, RankingArgs, TrainerArgs
 from hstu.config.args.task import AT_LAST_EVENT, LOWER_IS_BETTER, METRICS_PER_TASK
 from hstu.config.option import cited, problem
 from hstu.config.problems import Problem, did_you_mean
-from hstu.config.rules.data import length_of_items
+from hstu.config.rules.data import RulesOf, length_of_items
 from hstu.config.rules.task import tasks_of
 from hstu.config.run_config import RunConfig, RunDraft
 
 # --- run length, checkpoints and metrics ---------------------------------------------------------------------------
 
 
-def profiled_iterations_are_a_range(run: RunConfig) -> Iterator[Problem]:
-    trainer = run.trainer
+def profiled_iterations_are_a_range(run: RunConfig, trainer: TrainerArgs) -> Iterator[Problem]:
     if trainer.profile and trainer.profile_step_start >= trainer.profile_step_end:
         yield problem(trainer, "profile_step_start", f"must be below {cited(trainer, 'profile_step_end')}")
 
 
-def save_interval_is_not_zero(run: RunConfig) -> Iterator[Problem]:
-    if run.trainer.ckpt_save_interval == 0:
-        yield problem(run.trainer, "ckpt_save_interval", "expected int, at least 1, or -1 to save no checkpoint")
+def save_interval_is_not_zero(run: RunConfig, trainer: TrainerArgs) -> Iterator[Problem]:
+    if trainer.ckpt_save_interval == 0:
+        yield problem(trainer, "ckpt_save_interval", "expected int, at least 1, or -1 to save no checkpoint")
 
 
 def urls_are_where_they_may_be(run: RunConfig) -> Iterator[Problem]:
@@ -41,8 +40,8 @@ def urls_are_where_they_may_be(run: RunConfig) -> Iterator[Problem]:
                 yield Problem(f"{type(part).__name__}.{name}: {error}")  # without the value
 
 
-def best_metric_is_measured(run: RunConfig) -> Iterator[Problem]:
-    trainer, measured = run.trainer, measured_by(run)
+def best_metric_is_measured(run: RunConfig, trainer: TrainerArgs) -> Iterator[Problem]:
+    measured = measured_by(run)
     if trainer.best_metric is not None and trainer.best_metric not in measured:
         text = f"is not measured; choose one of {', '.join(measured)}, or add it to the metrics of the task"
         yield problem(trainer, "best_metric", text + did_you_mean(trainer.best_metric, measured))
@@ -59,8 +58,7 @@ def measured_by(run: RunConfig) -> list[str]:
     return [*task.eval_metrics, *(f"{name}/task{i}" for name in per_task for i in range(count)), *at_last_event]
 
 
-def best_metric_mode_fits_the_metric(run: RunConfig) -> Iterator[Problem]:
-    trainer = run.trainer
+def best_metric_mode_fits_the_metric(run: RunConfig, trainer: TrainerArgs) -> Iterator[Problem]:
     if trainer.best_metric is None:
         return
     mode = "min" if trainer.best_metric.split("/")[0] in LOWER_IS_BETTER else "max"
@@ -73,8 +71,7 @@ def best_metric_mode_fits_the_metric(run: RunConfig) -> Iterator[Problem]:
 # --- batches -------------------------------------------------------------------------------------------------------
 
 
-def token_limit_admits_the_longest_sequence(run: RunConfig) -> Iterator[Problem]:
-    trainer = run.trainer
+def token_limit_admits_the_longest_sequence(run: RunConfig, trainer: TrainerArgs) -> Iterator[Problem]:
     if trainer.tokens_per_rank is not None and (items := length_of_items(run)) is not None:
         tokens = _longest_sequence(run, items.max_sequence_length)
         yield from token_limit_admits(run, tokens, cited(items, "max_sequence_length"))
@@ -119,12 +116,11 @@ def ranks_divide(run: RunDraft) -> Iterator[Problem]:
 # --- optimizers and schedule ---------------------------------------------------------------------------------------
 
 
-def parts_are_of_the_dense_weights(run: RunConfig) -> Iterator[Problem]:
-    for part in run.optimizer.part_optimizers:
-        try:
-            re.compile(getattr(part, "regex", ""))
-        except (re.error, OverflowError, RecursionError) as error:
-            yield problem(part, "regex", f"is not a Python regular expression: {error}; escape or close it")
+def names_are_searched_by_expressions(run: RunConfig, part: PartOptimizerArgs) -> Iterator[Problem]:
+    try:
+        re.compile(part.regex)
+    except (re.error, OverflowError, RecursionError) as error:
+        yield problem(part, "regex", f"is not a Python regular expression: {error}; escape or close it")
 
 
 def muon_has_whole_matrices(run: RunConfig) -> Iterator[Problem]:
@@ -136,27 +132,28 @@ def muon_has_whole_matrices(run: RunConfig) -> Iterator[Problem]:
                 yield problem(part, "optimizer_str", text)
 
 
-def milestones_fit_the_schedule(run: RunConfig) -> Iterator[Problem]:
-    for schedule in filter(None, (run.schedule, run.table_schedule)):
-        if any(left >= right for left, right in pairwise(schedule.milestones)):
-            yield problem(schedule, "milestones", "must increase; sort them and remove repetitions")
-        if schedule.schedule == "step" and not schedule.milestones:
-            yield problem(schedule, "schedule", "needs LRScheduleArgs.milestones; set it, for example to [1000, 2000]")
+def milestones_fit_the_schedule(run: RunConfig, schedule: LRScheduleArgs) -> Iterator[Problem]:
+    if any(left >= right for left, right in pairwise(schedule.milestones)):
+        yield problem(schedule, "milestones", "must increase; sort them and remove repetitions")
+    if schedule.schedule == "step" and not schedule.milestones:
+        yield problem(schedule, "schedule", "needs LRScheduleArgs.milestones; set it, for example to [1000, 2000]")
 
 
-def warmup_and_decay_fit_into_the_run(run: RunConfig) -> Iterator[Problem]:
-    for schedule in filter(None, (run.schedule, run.table_schedule)):
-        if (schedule.warmup_ratio or 0) + (schedule.decay_ratio or 0) > 1 and schedule.schedule != "cosine_restarts":
-            other = cited(schedule, "warmup_ratio")
-            yield problem(schedule, "decay_ratio", f"and {other} together exceed 1, the whole run; lower one of them")
-        if schedule.schedule == "warmup_stable_decay" and schedule.decay_iters is schedule.decay_ratio is None:
-            text = "needs the length of the decay at the end of the run; set decay_ratio, for example to 0.2"
-            yield problem(schedule, "schedule", text)
+def warmup_and_decay_fit_into_the_run(run: RunConfig, schedule: LRScheduleArgs) -> Iterator[Problem]:
+    if (schedule.warmup_ratio or 0) + (schedule.decay_ratio or 0) > 1 and schedule.schedule != "cosine_restarts":
+        other = cited(schedule, "warmup_ratio")
+        yield problem(schedule, "decay_ratio", f"and {other} together exceed 1, the whole run; lower one of them")
+    if schedule.schedule == "warmup_stable_decay" and schedule.decay_iters is schedule.decay_ratio is None:
+        text = "needs the length of the decay at the end of the run; set decay_ratio, for example to 0.2"
+        yield problem(schedule, "schedule", text)
 
 
-RULES = (
-    profiled_iterations_are_a_range, save_interval_is_not_zero, urls_are_where_they_may_be,
-    best_metric_is_measured, best_metric_mode_fits_the_metric, token_limit_admits_the_longest_sequence,
-    heads_divide, ranks_divide, parts_are_of_the_dense_weights, muon_has_whole_matrices,
-    milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run,
-)  # fmt: skip
+RULES = (urls_are_where_they_may_be, heads_divide, ranks_divide, muon_has_whole_matrices)
+RULES_OF: RulesOf = {
+    TrainerArgs: (
+        profiled_iterations_are_a_range, save_interval_is_not_zero, best_metric_is_measured,
+        best_metric_mode_fits_the_metric, token_limit_admits_the_longest_sequence,
+    ),
+    PartOptimizerArgs: (names_are_searched_by_expressions,),
+    LRScheduleArgs: (milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run),
+}  # fmt: skip

@@ -215,7 +215,7 @@ def gathered_and_gradients(workload: Workload, run: DryRun) -> tuple[int, int]:
     FSDP gathers the weights outside the layers, one layer, and the buffers of the exchanges that overlap with it."""
     config = workload.config
     dense = sum(weight.elements for weight in run.weights.values())
-    if workload.dense_sharding != "weights":
+    if workload.shard_group_size == 1:
         return 0, dense
     of_layers = sum(weight.elements for weight in run.weights.values() if weight.is_layer)
     layer, rest = of_layers // config.network.num_layers, dense - of_layers
@@ -234,7 +234,7 @@ def data_parallel_transfers(workload: Workload, run: DryRun) -> Iterator[Transfe
     replicated = sum(spec.rows * spec.dim for spec in workload.replicated_specs if workload.device_type != "cpu")
     elements, part = sum(weight.elements for weight in run.weights.values()) + replicated, sum(held.values())
     name, shards = "gradients of the dense part", partial(Transfer, group="dp_cp_group", ranks=ranks)
-    if workload.dense_sharding == "weights":
+    if ranks > 1:
         rounded = ROUNDED_WEIGHTS if config.network.dtype_str != "float32" else ()
         of_layers = {weight: n for weight, n in held.items() if run.weights[weight].is_layer}
         layer_bytes = sum(n * (2 if weight.endswith(rounded) else FLOAT32) for weight, n in of_layers.items())

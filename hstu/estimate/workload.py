@@ -79,14 +79,9 @@ class Workload:
         return self.world_size // self.tp_size
 
     @property
-    def dense_sharding(self) -> str:
-        """The effective DataParallelArgs.sharding: "none" if only one rank has these dense weights."""
-        return self.config.data_parallel.sharding if self.dp_cp_size > 1 else "none"
-
-    @property
     def shard_group_size(self) -> int:
-        """Number of ranks over which ``dense_sharding`` shards; 1 for "none"."""
-        return 1 if self.dense_sharding == "none" else self.dp_cp_size
+        """Number of ranks over which DataParallelArgs.sharding spreads the dense weights; 1 if each has all."""
+        return 1 if self.config.data_parallel.sharding == "none" else self.dp_cp_size
 
     def ranks_on_host(self, group: str, ranks: int) -> int:
         """Number of ranks per host in a ``Transfer.group`` of ``ranks`` ranks."""

@@ -1,8 +1,7 @@
 """Data sources for applying a trained model: to newer data than its training data, or without data."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -28,7 +27,7 @@ from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView
 from hstu.train.batch_source import BatchSource
 from hstu.train.sources import StoreSource
-from hstu.train.tables import choose_tables
+from hstu.train.tables import choose_tables, with_room
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +38,7 @@ _LISTS = ("contextual", "side", "lists", "known_after", "numbers", "number_width
 class InferenceSource(StoreSource):
     """Data that may be newer than the model. Tables have a row for each id, and one for unknown ids."""
 
-    def fit(self, tables: tuple[EmbeddingArgs, ...]) -> tuple[EmbeddingArgs, ...]:
-        """See StoreSource."""
-        return with_room(tables, self.cardinalities)
-
+    has_spare_rows = True
     number_statistics: Mapping[str, NumberStatistics] = MappingProxyType({})
     """The checkpoint has the statistics of the training data."""
 
@@ -133,19 +129,6 @@ def describe_features(source: BatchSource) -> dict[str, Any]:
         "raw": list(source.raw_features),
         "ranges": dict(source.ranges),
     }
-
-
-def with_room(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int]) -> tuple[EmbeddingArgs, ...]:
-    """Enlarge static tables to a row for each id of their features and at least one more."""
-
-    def rows(table: EmbeddingArgs) -> int:
-        ids = max(cardinalities[name] for name in table.feature_names)
-        return max(table.item_vocab_size_or_capacity, ids + 1)
-
-    return tuple(
-        table if isinstance(table, DynamicEmbeddingArgs) else replace(table, item_vocab_size_or_capacity=rows(table))
-        for table in tables
-    )
 
 
 def zero_spare_rows(state: TrainState, source: BatchSource) -> None:

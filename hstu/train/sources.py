@@ -12,7 +12,7 @@ import numpy as np
 from hstu.base.errors import ConfigError
 from hstu.base.ids import codes_of
 from hstu.checkpoint.phase import NothingNew, choose_phase
-from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs
+from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs
 from hstu.config.rules.task import tasks_of
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch, ItemFeatures
@@ -35,7 +35,7 @@ from hstu.parallel.collectives import on_all_ranks
 from hstu.parallel.host_arrays import once_per_host
 from hstu.parallel.mesh import Mesh
 from hstu.train.batch_source import BatchSource, SampleLengths
-from hstu.train.tables import check_new_items, check_rows, choose_tables, predefined_tables
+from hstu.train.tables import check_new_items, check_rows, choose_tables, predefined_tables, with_room
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,9 @@ def open_source(
 
 class StoreSource(BatchSource):
     """Samples of a preprocessed sequence store."""
+
+    has_spare_rows = False
+    """Whether tables have a row for each id, and one for unknown ids, whatever their size in the configuration."""
 
     def __init__(
         self, config: RunConfig, args: DatasetArgs, mesh: Mesh | None, world_size: int = 1, earlier: Path | None = None
@@ -103,7 +106,9 @@ class StoreSource(BatchSource):
         check_labels(tasks_of(config), self.label_facts)
         predefined = predefined_tables(args, self.store, config.network)
         self.cardinalities = {name: self.store.cardinality(name) for name in self.roles.names}
-        self.tables = self.fit(choose_tables(config.embeddings, predefined, self.roles.names, self.roles.numbers))
+        self.tables = choose_tables(config.embeddings, predefined, self.roles.names, self.roles.numbers)
+        if self.has_spare_rows:
+            self.tables = with_room(self.tables, self.cardinalities)
         self._recoding = {} if self.eval_store is self.store else recoding_of(self.eval_store, self.store, self.roles)
         self.raw_features = tuple(name for name in self.roles.names if self.store.feature(name).raw)
         check_rows(self.tables, self.cardinalities, self.raw_features)
@@ -111,10 +116,6 @@ class StoreSource(BatchSource):
             check_new_items(self.tables, self.roles.item)
         if self._earlier is not None:
             self.phase = choose_phase(self._earlier, self._data, self.store, config.trainer.continue_on)
-
-    def fit(self, tables: tuple[EmbeddingArgs, ...]) -> tuple[EmbeddingArgs, ...]:
-        """Hook for subclasses that change the sizes of the model's tables."""
-        return tables
 
     @property
     def _data(self) -> dict[str, Any]:

@@ -59,6 +59,19 @@ def choose_tables(
     return tuple(tables)
 
 
+def with_room(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int]) -> tuple[EmbeddingArgs, ...]:
+    """Enlarge static tables to a row for each id of their features and at least one more."""
+
+    def rows(table: EmbeddingArgs) -> int:
+        ids = max(cardinalities[name] for name in table.feature_names)
+        return max(table.item_vocab_size_or_capacity, ids + 1)
+
+    return tuple(
+        table if isinstance(table, DynamicEmbeddingArgs) else replace(table, item_vocab_size_or_capacity=rows(table))
+        for table in tables
+    )
+
+
 def check_new_items(tables: Sequence[EmbeddingArgs], item: str) -> None:
     """Raise ConfigError if new items would start as vectors of zeros, which have no direction to be compared by."""
     for table in tables:

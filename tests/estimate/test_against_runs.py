@@ -80,7 +80,7 @@ def test_what_stays_is_known_to_the_byte(name: str, launch: Sizes) -> None:
     dense = 4 * sum(weight.elements for weight in run.weights.values())
     held = 4 * sum(held_weights(workload, run).values())
     replicated, _, replicated_states = replicated_bytes(workload, run)
-    is_sharded = workload.dense_sharding == "weights"
+    is_sharded = workload.shard_group_size > 1
     for rank in ranks:
         assert rank["gradients"] == (held if is_sharded else dense)
         assert rank["weights"] == (held if is_sharded else dense) + replicated

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -58,17 +57,17 @@ def _names(url: str) -> list[str]:
 
 
 class Mirror:
-    """Uploads what a run saves in ``directory`` and below, in a thread. Failures are retried, and never end training.
+    """Uploads what a run saves in ``directory``, in a thread. Failures are retried, and never end training.
 
-    ``keep``: directory → number of newest checkpoints to keep there besides the latest and the best; None: all.
+    ``keep``: number of newest checkpoints to keep there besides the latest and the best; None: all.
     """
 
-    def __init__(self, url: str, directory: Path, keep: Mapping[Path, int | None]) -> None:
+    def __init__(self, url: str, directory: Path, keep: int | None) -> None:
         self.url, self._directory, self._keep = url, directory, keep
         self._thread = ThreadPoolExecutor(1, "upload")
         self._running: list[Future[None]] = []
-        self._failed: dict[Path, tuple[Path, Exception]] = {}
-        """Directory → its last checkpoint, if it could not be uploaded, and why."""
+        self._failed: tuple[Path, Exception] | None = None
+        """The last checkpoint, if it could not be uploaded, and why."""
 
     def fetch(self) -> None:
         """Bring the newest checkpoint of the URL, unless a newer one is here, which is uploaded."""
@@ -90,30 +89,29 @@ class Mirror:
 
     def close(self) -> None:
         """Wait for the uploads. Raises CheckpointFailure if the last checkpoint could not be uploaded."""
-        for path, _ in list(self._failed.values()):
-            self.upload(path)
+        if self._failed:
+            self.upload(self._failed[0])
         self._thread.shutdown()
-        for path, error in self._failed.values():
+        if self._failed:
+            path, error = self._failed
             raise CheckpointFailure(
                 f"{path} could not be uploaded to {self.url}: {error}. It is whole where it is: the same command with "
                 'TrainerArgs.ckpt_load_dir = "auto" uploads it from here'
             ) from error
 
     def _upload(self, path: Path) -> None:
-        parent = path.parent
-        url = "/".join([self.url, *parent.relative_to(self._directory).parts])
         try:
-            remote.upload(path, f"{url}/{path.name}", MANIFEST)
-            links = {name: target.name for name in (LATEST, BEST) if (target := link_target(parent, name))}
+            remote.upload(path, f"{self.url}/{path.name}", MANIFEST)
+            links = {name: target.name for name in (LATEST, BEST) if (target := link_target(self._directory, name))}
             for name, target_name in links.items():
-                remote.write(f"{url}/{name}", target_name.encode())
-            if (keep := self._keep[parent]) is not None:
-                for old in [name for name in _names(url) if name <= path.name][keep:]:
+                remote.write(f"{self.url}/{name}", target_name.encode())
+            if self._keep is not None:
+                for old in [name for name in _names(self.url) if name <= path.name][self._keep :]:
                     if old not in links.values():
-                        remote.delete(f"{url}/{old}/{MANIFEST}")
-                        remote.delete(f"{url}/{old}")
-            self._failed.pop(parent, None)
+                        remote.delete(f"{self.url}/{old}/{MANIFEST}")
+                        remote.delete(f"{self.url}/{old}")
+            self._failed = None
         except (DataError, OSError) as error:
             if path.exists():  # otherwise it was deleted for newer ones
-                self._failed[parent] = (path, error)
+                self._failed = (path, error)
                 log.error("not uploaded: %s. Training goes on; the next save is uploaded again", error)

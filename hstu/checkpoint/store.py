@@ -60,8 +60,8 @@ class CheckpointStore:
         self._lock: DirectoryLock | None = None
         self._is_new = False
         self._found: Path | None = None
-        mesh, kept = self.mesh, {self.save_dir: self.keep_last}
-        self._mirror = Mirror(self.url, self.save_dir, kept) if self.url and mesh.is_main else None
+        mesh = self.mesh
+        self._mirror = Mirror(self.url, self.save_dir, self.keep_last) if self.url and mesh.is_main else None
         self._work: list[Future[None]] = []
         self._thread: ThreadPoolExecutor | None = None
         if self.background_timeout_s is not None:

@@ -174,7 +174,7 @@ def test_a_killed_stage_leaves_nothing_half(store: ObjectStore, tmp_path: Path) 
 
 def test_checkpoints_go_to_a_url_and_the_newest_complete_one_comes_back(store: ObjectStore, tmp_path: Path) -> None:
     url, saved = f"s3://{BUCKET}/run", tmp_path / "saved"
-    mirror = Mirror(url, saved, {saved: 2})
+    mirror = Mirror(url, saved, 2)
     for iteration in range(4):
         path = checkpoint(saved / f"iteration_{iteration:08d}", bytes([iteration]) * 1000)
         set_link(saved, LATEST, path)
@@ -191,7 +191,7 @@ def test_checkpoints_go_to_a_url_and_the_newest_complete_one_comes_back(store: O
     assert fetch(url, tmp_path / "elsewhere") == ["iteration_00000003"]
     assert contents(tmp_path / "elsewhere" / "iteration_00000003") == contents(saved / "iteration_00000003")
     store.fault = lambda method, path: None
-    again = Mirror(url, saved, {saved: 2})
+    again = Mirror(url, saved, 2)
     again.fetch()  # what is here is newer: it goes there
     again.close()
     assert fetch(url, tmp_path / "elsewhere") == ["iteration_00000004"]

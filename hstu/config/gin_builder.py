@@ -173,7 +173,10 @@ class ConfigBuilder:
         return self._objects[owner]
 
     def _make(self, owner: Owner) -> Args:
-        (scope, cls), bound = owner, self._bound(owner)
+        scope, cls = owner
+        bound: dict[str, Binding] = {}
+        for outer in _with_outer_scopes(owner):  # inner scopes win over outer ones, as in gin
+            bound |= self._by_owner.get(outer, {})
         values: dict[str, Any] = {}
         for field in options_of(cls):
             if field.name in bound:
@@ -209,20 +212,9 @@ class ConfigBuilder:
             problems = [f"is required and not bound; expected {describe(cls, field)}"]
         else:
             problems = field_problems(cls, field, default_of(field))
-        at = self._location_of(bound)
+        at = min((binding.at for binding in bound.values()), default=self._start)  # the first line about the object
         self.problems += [Problem(f"{written(owner)}.{field.name} {problem}", at) for problem in problems]
         return Broken() if problems else default_of(field)
-
-    def _bound(self, owner: Owner) -> dict[str, Binding]:
-        """Parameter → effective binding under a scope. Inner scopes win over outer ones, as in gin."""
-        bound: dict[str, Binding] = {}
-        for outer in _with_outer_scopes(owner):
-            bound |= self._by_owner.get(outer, {})
-        return bound
-
-    def _location_of(self, bound: Mapping[str, Binding]) -> Location:
-        """Location of problems with missing parameters: the first line about the object, or else the file."""
-        return min((binding.at for binding in bound.values()), default=self._start)
 
     # --- values ---
 

@@ -1,8 +1,5 @@
-"""Generates the reference of all parameters from hstu/config/args, for ``--explain`` and docs/configuration.md.
-
-``python -m hstu.config.reference --write docs/configuration.md`` writes the tables below the hand-written part of the
-page. scripts/check_docs.py compares the page with them.
-"""
+"""Generates the reference of all parameters from hstu/config/args, for ``--explain`` and docs/configuration.md, whose
+tables ``python -m hstu.config.reference --write docs/configuration.md`` writes."""
 
 import argparse
 import ast

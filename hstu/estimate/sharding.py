@@ -1,7 +1,4 @@
-"""Memory, traffic and cost of what a dry run leaves out: tables, DDP and FSDP2.
-
-Tables are sharded by the planner of a run. The costs of data parallelism follow from the weights of the dry run.
-"""
+"""Memory, traffic and cost of what a dry run leaves out: tables, DDP and FSDP2."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

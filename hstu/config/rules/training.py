@@ -72,8 +72,12 @@ def best_metric_mode_fits_the_metric(run: RunConfig, trainer: TrainerArgs) -> It
 
 
 def token_limit_admits_the_longest_sequence(run: RunConfig, trainer: TrainerArgs) -> Iterator[Problem]:
+    """The longest sequence according to the gin file. The store may add context and actions."""
+    dataset = run.dataset
     if trainer.tokens_per_rank is not None and (items := length_of_items(run)) is not None:
-        tokens = _longest_sequence(run, items.max_sequence_length)
+        of_store = isinstance(dataset, DatasetArgs) and dataset.action_feature_name is None and run.task == "ranking"
+        per_item = run.network.tokens_per_item(bool(dataset.action_feature_name) or of_store)
+        tokens = items.max_sequence_length * per_item + len(dataset.contextual_feature_names or [])
         yield from token_limit_admits(run, tokens, cited(items, "max_sequence_length"))
 
 
@@ -85,14 +89,6 @@ def token_limit_admits(run: RunConfig, tokens: int, length: str) -> Iterator[Pro
             f"lower {length}"
         )
         yield problem(run.trainer, "tokens_per_rank", text)
-
-
-def _longest_sequence(run: RunConfig, items: int) -> int:
-    """Tokens of the longest sequence according to the gin file. The store may add context and actions."""
-    dataset = run.dataset
-    of_store = isinstance(dataset, DatasetArgs) and dataset.action_feature_name is None and run.task == "ranking"
-    has_actions = bool(dataset.action_feature_name) or of_store
-    return items * run.network.tokens_per_item(has_actions) + len(dataset.contextual_feature_names or [])
 
 
 # --- ranks ---------------------------------------------------------------------------------------------------------

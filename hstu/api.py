@@ -168,7 +168,7 @@ class TrainedModel(LoadedModel):
         self.require_retrieval()
         rows, corpus = encode_users(self.store, users), self.retrieval_evaluator().corpus()
         vectors = self.user_vectors(self.with_data().history_batches(rows), at)
-        return self._best(users, vectors, corpus, *self.items_of(rows), top)
+        return self._best(users, vectors, corpus, self.items_of(rows), top)
 
     def known_users(self, users: Iterable[Any]) -> tuple[list[Any], list[Any]]:
         """Divide raw user ids into (known, unknown) users of the data, each in the given order."""
@@ -193,7 +193,7 @@ class TrainedModel(LoadedModel):
         lengths = np.array([len(history.items) for history in given], dtype=np.int64)
         items = [item for history in given for item in history.items]
         seen = self.vocabularies[item_feature].rows(items).numpy()
-        best = self._best([history.user for history in given], vectors, corpus, seen, lengths, top)
+        best = self._best([history.user for history in given], vectors, corpus, (seen, lengths), top)
         (unknown,) = self.encoder.unknown([given])
         if absent := {items[place] for place in np.flatnonzero(corpus.positions(seen) < 0)}:
             unknown[item_feature] = sorted(absent, key=str)
@@ -204,19 +204,13 @@ class TrainedModel(LoadedModel):
         return self.histories_of(encode_users(self.store, users))
 
     def _best(
-        self,
-        users: Sequence[Any],
-        vectors: Tensor,
-        corpus: Corpus,
-        seen: np.ndarray,
-        seen_lengths: np.ndarray,
-        top: int,
+        self, users: Sequence[Any], vectors: Tensor, corpus: Corpus, seen: tuple[np.ndarray, np.ndarray], top: int
     ) -> list[Recommendation]:
         rows = np.arange(len(users))
         if not self.leaves_out_seen:
-            seen, seen_lengths = seen[:0], np.zeros_like(seen_lengths)
+            seen = rows[:0], np.zeros_like(rows)
         with self.inference():
-            queries = Queries(vectors, rows, np.full_like(rows, -1), seen, seen_lengths)
+            queries = Queries(vectors, rows, np.full_like(rows, -1), *seen)
             positions, scores = recommend(queries, corpus, top)
         found = positions >= 0
         items, titles = map(iter, self._describe_items(corpus.ids.cpu().numpy()[positions[found]]))

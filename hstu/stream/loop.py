@@ -24,7 +24,7 @@ from hstu.base.processes import last_lines, start_python, stop
 from hstu.checkpoint.find import GIN, locate
 from hstu.config.args import DatasetArgs, Task
 from hstu.config.gin_io import load_stored
-from hstu.data.sampling.samples import SampleTable, build_samples
+from hstu.data.sampling.samples import build_samples
 from hstu.data.sampling.splits import Period
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.stream.events import changes_of, counts_of, popularity
@@ -102,18 +102,17 @@ class Stream:
                     found = json.loads(file.read_text(encoding="utf-8"))
                     result[kind] = {key: found[key] for key in found if key in _EVALUATED}
             if self.task == "retrieval" and "evaluation" in result:
-                result["popular"] = popularity(store, self._scored(store, before["newest"] + 1))
+                config = load_stored(locate(self._checkpoints) / GIN)
+                assert isinstance(config.dataset, DatasetArgs)
+                period = Period(before["newest"] + 1, most=self.most_scored)  # by which the model was evaluated
+                samples = build_samples(store, config.dataset, config.task, period, seed=0)
+                result["popular"] = popularity(store, samples)
         result |= {**counts, "new": {key: counts[key] - before[key] for key in _COUNTS}, "seconds": seconds}
         result["done"] = int(time.time())
         replace_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
         self.results.append(result)
         remove(folder / "copies")
         write_page(self.results, self.run_dir)
-
-    def _scored(self, store: SequenceStore, since: int) -> SampleTable:
-        config = load_stored(locate(self._checkpoints) / GIN)
-        assert isinstance(config.dataset, DatasetArgs)
-        return build_samples(store, config.dataset, config.task, Period(since, most=self.most_scored), seed=0)
 
     def _steps(self, folder: Path, before: int | None, newest: int) -> dict[str, float]:
         """Do the steps after the append. Returns the seconds of each. ``before``, ``newest``: times of the newest event

@@ -1,6 +1,7 @@
 """Metrics and losses of a run so far. Checkpoints contain them, so that a resumed run continues them."""
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,6 @@ from torch import Tensor
 
 from hstu.config.args.task import LOWER_IS_BETTER
 from hstu.observe.records import EvalRecord, plain
-
-
-def _beats(value: float, than: float | None, lower: bool) -> bool:
-    return not math.isnan(value) and (than is None or (value < than if lower else value > than))
 
 
 class MetricsHistory:
@@ -52,9 +49,10 @@ class MetricsHistory:
         extremes = self._extremes.setdefault(split, {})
         for name, value in record.metrics.items():
             found = extremes.setdefault(name, {})
-            for mode in ("max", "min"):
-                if mode not in found or _beats(value, found[mode]["value"], mode == "min"):
-                    known = None if math.isnan(value) else value
+            known = None if math.isnan(value) else value
+            for mode, beats in (("max", operator.gt), ("min", operator.lt)):
+                best = found.get(mode, {}).get("value")
+                if mode not in found or (known is not None and (best is None or beats(known, best))):
                     found[mode] = {"value": known, "iter": record.iteration, "number": self._count[split]}
 
     def has(self, split: str, iteration: int) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Self, TypeVar
+from typing import Optional, TypeVar
 
 import numpy as np
 import psutil
@@ -217,7 +217,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
     return 2.0 * size**3 / min(timer.blocked_autorange(min_run_time=0.3).times) / 1e12
 
 
-class Profiler:
+class Profiler(ExitStack):
     """Traces the iterations [profile_step_start, profile_step_end) into ``directory``/trace-rank<rank>.json.gz.
 
     Use it as a context manager and call ``step`` when each iteration begins. A run that ends inside the window writes
@@ -227,11 +227,13 @@ class Profiler:
     """
 
     def __init__(self, directory: Path, args: TrainerArgs, rank: int = 0) -> None:
+        super().__init__()
         self.trace_file = Path(directory) / f"trace-rank{rank}.json.gz"
         self._window = range(args.profile_step_start, args.profile_step_end if args.profile else 0)
         self._profile: Optional[profile] = None
-        self._tracing, self._iteration = ExitStack(), ExitStack()
         self._last: Optional[int] = None
+        self.callback(self._warn_of_nothing)
+        self._tracing, self._iteration = (self.enter_context(ExitStack()) for _ in range(2))
 
     def step(self, iteration: int) -> None:
         """Start, continue or stop the trace. Call it when ``iteration`` begins."""
@@ -247,12 +249,7 @@ class Profiler:
         if torch.cuda.is_available():
             self._iteration.enter_context(torch.cuda.nvtx.range(f"iteration {iteration}"))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._iteration.close()
-        self._tracing.close()
+    def _warn_of_nothing(self) -> None:
         if self._window and not self.trace_file.exists():
             first, last = self._window.start, self._window.stop
             log.warning("no profile: the run ended (at %s) outside of [%d, %d)", self._last, first, last)

@@ -104,10 +104,6 @@ class Selection:
         """Whether patience is used up, which ends training."""
         return self.patience is not None and self.without_improvement >= self.patience
 
-    def as_json(self) -> dict[str, Any]:
-        """The entry of summary.json."""
-        return {"metric": self.metric, "split": self.split, "value": self.value, "iter": self.iteration}
-
 
 class RunningLoss:
     """The mean loss since the last record, and its parts. Only ``pop`` and ``state_dict`` wait for the device."""

@@ -1,5 +1,6 @@
 """Assigns embedding tables to features, and checks that they have a row for each id."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -45,16 +46,12 @@ def choose_tables(
         left = [name for name in table.feature_names if name in features and name not in given]
         if left:
             tables.append(replace(table, feature_names=left))
-    names = [table.table_name for table in tables]
-    problems += [
-        f"two tables are called {name!r}: rename the one given by hand (EmbeddingArgs.table_name)"
-        for name in dict.fromkeys(names)
-        if names.count(name) > 1
-    ]
+    called = Counter(table.table_name for table in tables)
+    twice = "two tables are called {!r}: rename the one given by hand (EmbeddingArgs.table_name)"
+    problems += [twice.format(name) for name, count in called.items() if count > 1]
     served = {name for table in tables for name in table.feature_names}
-    for name in features:
-        if name not in served:
-            problems.append(f"feature {name!r} has no table: give an EmbeddingArgs with feature_names = [{name!r}]")
+    missing = "feature {0!r} has no table: give an EmbeddingArgs with feature_names = [{0!r}]"
+    problems += [missing.format(name) for name in features if name not in served]
     ConfigError.raise_if(problems)
     return tuple(tables)
 

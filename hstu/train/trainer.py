@@ -368,7 +368,8 @@ class Trainer:
             log.info("to go on: the same command with the bindings %s 'TrainerArgs.ckpt_load_dir = \"auto\"'", binding)
         rates = self._last_throughput
         names = ("samples_per_s", "tokens_per_s", "tflops", "mfu")
-        best = {} if self._selection.metric is None else {"best": self._selection.as_json()}
+        chosen = self._selection
+        best = {"metric": chosen.metric, "split": chosen.split, "value": chosen.value, "iter": chosen.iteration}
         self.run_directory.write_summary(
             status=status,
             iterations=self.state.iteration,
@@ -376,6 +377,6 @@ class Trainer:
             last_metrics=self._history.last,
             throughput={} if rates is None else {name: getattr(rates, name) for name in names},
             seconds=time.monotonic() - self._begun,
-            **best,
+            **({"best": best} if chosen.metric else {}),
         )
         self.run_directory.close()

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from hstu.base.errors import ConfigError
 from hstu.base.remote import url_of
-from hstu.config.args import DatasetArgs, LRScheduleArgs, PartOptimizerArgs, RankingArgs, TrainerArgs
+from hstu.config.args import DatasetArgs, LRScheduleArgs, OptimizerArgs, PartOptimizerArgs, RankingArgs, TrainerArgs
 from hstu.config.args.task import AT_LAST_EVENT, LOWER_IS_BETTER, METRICS_PER_TASK
 from hstu.config.option import cited, problem
 from hstu.config.problems import Problem, did_you_mean
@@ -119,13 +119,12 @@ def names_are_searched_by_expressions(run: RunConfig, part: PartOptimizerArgs) -
         yield problem(part, "regex", f"is not a Python regular expression: {error}; escape or close it")
 
 
-def muon_has_whole_matrices(run: RunConfig) -> Iterator[Problem]:
+def muon_has_whole_matrices(run: RunConfig, part: OptimizerArgs | PartOptimizerArgs) -> Iterator[Problem]:
     split = {"tensor_model_parallel_size": run.tensor_parallel, "sharding": run.data_parallel}
-    for part in (run.optimizer, *run.optimizer.part_optimizers):
-        for parameter, owner in split.items() if getattr(part, "optimizer_str", None) == "muon" else ():
-            if getattr(owner, parameter) not in (1, "none"):
-                text = f"needs whole matrices on each rank, but {cited(owner, parameter)}; remove it, or use 'adam'"
-                yield problem(part, "optimizer_str", text)
+    for parameter, owner in split.items() if part.optimizer_str == "muon" else ():
+        if getattr(owner, parameter) not in (1, "none"):
+            text = f"needs whole matrices on each rank, but {cited(owner, parameter)}; remove it, or use 'adam'"
+            yield problem(part, "optimizer_str", text)
 
 
 def milestones_fit_the_schedule(run: RunConfig, schedule: LRScheduleArgs) -> Iterator[Problem]:
@@ -144,12 +143,13 @@ def warmup_and_decay_fit_into_the_run(run: RunConfig, schedule: LRScheduleArgs) 
         yield problem(schedule, "schedule", text)
 
 
-RULES = (urls_are_where_they_may_be, heads_divide, ranks_divide, muon_has_whole_matrices)
+RULES = (urls_are_where_they_may_be, heads_divide, ranks_divide)
 RULES_OF: RulesOf = {
     TrainerArgs: (
         profiled_iterations_are_a_range, save_interval_is_not_zero, best_metric_is_measured,
         best_metric_mode_fits_the_metric, token_limit_admits_the_longest_sequence,
     ),
-    PartOptimizerArgs: (names_are_searched_by_expressions,),
+    OptimizerArgs: (muon_has_whole_matrices,),
+    PartOptimizerArgs: (names_are_searched_by_expressions, muon_has_whole_matrices),
     LRScheduleArgs: (milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run),
 }  # fmt: skip

@@ -220,8 +220,7 @@ def restore_candidates(directory: Path) -> list[Path]:
     paths, latest = complete_checkpoints(directory), link_target(directory, LATEST)
     if latest not in paths:
         return paths
-    later = [path for path in paths if iteration_of(path) > iteration_of(latest)]
-    return [path for path in paths if path not in later] + later
+    return sorted(paths, key=lambda path: iteration_of(path) > iteration_of(latest))
 
 
 def link_target(directory: Path, name: str) -> Path | None:

@@ -52,8 +52,7 @@ def export(
     ``ids.<feature>`` (see RawIds), and dynamic tables (see dynamic.py). ``operative.gin`` is the configuration, and
     ``config.json`` lists the tables. Host memory must hold one rank's part of one tensor. ``write_more`` writes further
     files to the unfinished directory; without ``weights`` only these. A URL gets a copy, of which the local path is
-    returned. Raises DataError if the checkpoint is damaged or
-    ``output`` exists.
+    returned. Raises DataError if the checkpoint is damaged or ``output`` exists.
     """
     given, url = output, remote.url_of(output)
     output = output if url is None else remote.Cache.of().place(url)

@@ -75,11 +75,8 @@ class CheckpointStore:
         self._copies: HostCopies | None = None if self._thread is None else {}
 
     def claim(self) -> None:
-        """Lock ``save_dir`` until ``close``, check that this run can save there, and remove leftovers of killed runs.
-
-        Call it before the run changes anything. Raises ConfigError, without changing anything, if another run is saving
-        there, other runs' checkpoints are there, or a rank cannot write ``save_dir`` or has another one.
-        """
+        """Lock ``save_dir`` until ``close`` and remove leftovers of killed runs, before the run changes anything else.
+        Raises ConfigError if another run saves or has saved there, or if a rank cannot write or see the directory."""
         probe = collective_io(self._claim, self.mesh, on_rank_0)
         seen = gather_objects(folder.becomes_visible(probe), self.mesh.world_group)
         if self.mesh.is_main:

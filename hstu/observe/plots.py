@@ -28,8 +28,8 @@ def draw_curves(
 ) -> Optional[Path]:
     """Draw a PNG from metrics.jsonl: a panel for the loss and one per metric. Returns None if there is nothing to draw.
 
-    Validation metrics are lines; a single test evaluation is a star. ``task_names``
-    replace task0, task1, …. ``best``: iteration of the best checkpoint, marked by a dotted line.
+    Validation metrics are lines, a single test evaluation is a star, and iteration ``best`` is a dotted line.
+    ``task_names`` replace task0, task1, ….
     """
     if not metrics_file.exists():
         return None

@@ -123,9 +123,8 @@ def plain(record: Any) -> Any:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the training and evaluation records of a metrics.jsonl, in order.
 
-    Truncated lines, and lines that are no records, are skipped. A "resumed" line means that iterations repeat: their
-    older records are dropped.
-    The best weights are evaluated after later iterations, so evaluations replace only those of the same iteration.
+    Lines that are no records are skipped. A "resumed" line means that iterations repeat: their older records go. The
+    best weights are evaluated after later iterations, so evaluations replace only those of their iteration.
     """
     attempts: list[list[dict[str, Any]]] = [[]]
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -15,13 +15,7 @@ from torch import Tensor
 from hstu.base import remote
 from hstu.base.errors import DataError
 from hstu.base.files import remove, written_aside
-from hstu.checkpoint.directory import (
-    MANIFEST,
-    check_files,
-    describe_files,
-    read_manifest,
-    write_manifest,
-)
+from hstu.checkpoint.directory import MANIFEST, check_files, describe_files, read_manifest, write_manifest
 from hstu.checkpoint.dynamic import export_sizes, fill_export, read_tables
 from hstu.checkpoint.find import GIN
 from hstu.checkpoint.tensors import (

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -79,7 +78,7 @@ class StoreSource(BatchSource):
             bounds = np.searchsorted(samples.user, self.store.shard_users.astype(samples.user.dtype))
             self._windows = ShardWindows(bounds, args.shuffle_window_shards)
         is_listed = len(samples) <= MOST_LISTED or self._windows is not None
-        self.trained_on = self._data | {"samples": len(samples)} | ({} if is_listed else {"order": "feistel"})
+        self.trained_on |= {"samples": len(samples)} | ({} if is_listed else {"order": "feistel"})
         self.plan_training(SampleLengths(samples.lengths, samples.num_candidates, samples.num_labels))
 
     def _open(self) -> None:
@@ -114,25 +113,19 @@ class StoreSource(BatchSource):
         check_rows(self.tables, self.cardinalities, self.raw_features)
         if config.retrieval is not None and not config.has_item_tower:
             check_new_items(self.tables, self.roles.item)
-        if self._earlier is not None:
-            self.phase = choose_phase(self._earlier, self._data, self.store, config.trainer.continue_on)
-
-    @property
-    def _data(self) -> dict[str, Any]:
-        """``trained_on``, as far as it does not depend on the samples."""
         cut_by = self.store.timestamp_feature if self._is_cut_in_time else None
         features = [self.store.feature(name) for name in (self.roles.item, self.roles.action, cut_by) if name]
-        files = [OFFSETS_FILE, *(feature.file for feature in features)]
-        checksums = {file: self.store.checksums[file] for file in files}
-        window = self._args.shuffle_window_shards
-        return {
+        self.trained_on = {
             "users": self.store.num_users,
             "events": self.store.num_events,
-            "checksums": checksums,
+            "checksums": {file: self.store.checksums[file] for file in (OFFSETS_FILE, *(f.file for f in features))},
             "state": self.store.lineage[-1],
             "segments": self.store.num_segments,
-            **({"windows": f"{window} of {self.store.num_shards}"} if window else {}),
         }
+        if window := args.shuffle_window_shards:
+            self.trained_on["windows"] = f"{window} of {self.store.num_shards}"
+        if self._earlier is not None:
+            self.phase = choose_phase(self._earlier, self.trained_on, self.store, config.trainer.continue_on)
 
     @cached_property
     def least_action(self) -> int:

@@ -8,9 +8,8 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Optional, TextIO
 
 from hstu.base.errors import ConfigError, UserError
@@ -69,7 +68,7 @@ class RunDirectory:
     task_names: Sequence[str] = ()
     tensorboard: bool = False
     wandb_project: Optional[str] = None
-    config: Mapping[str, Any] = MappingProxyType({})
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.log_file = self.path / "log.txt" if self.is_main else None

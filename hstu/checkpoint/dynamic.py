@@ -33,17 +33,13 @@ TableDicts = dict[str, dict[str, Any]]
 """Table → its TableContent as nested dicts of numbers and tensors."""
 
 
-def copy_tables(tables: Mapping[str, DynamicTable]) -> TableDicts:
-    """Copy this rank's tables to host memory. torch.save would write a view with its whole storage."""
-    return {name: _to_host(table.content()) for name, table in tables.items()}
-
-
-def _to_host(value: Any) -> Any:
+def to_host(value: Any) -> Any:
+    """Copy the content of a table to host memory. torch.save would write a view with its whole storage."""
     if isinstance(value, Tensor):
         return value.to("cpu", copy=True).contiguous()
     if dataclasses.is_dataclass(value):
-        return {field.name: _to_host(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return {key: _to_host(state) for key, state in value.items()} if isinstance(value, Mapping) else value
+        return {field.name: to_host(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return {key: to_host(state) for key, state in value.items()} if isinstance(value, Mapping) else value
 
 
 def read_tables(root: Path) -> dict[str, list[TableContent]]:

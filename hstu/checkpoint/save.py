@@ -16,7 +16,7 @@ from torch.futures import Future
 
 from hstu.base.files import aside_path, sync_to_disk
 from hstu.checkpoint import directory as folder
-from hstu.checkpoint.dynamic import DYNAMIC_FILES, TableDicts, copy_tables
+from hstu.checkpoint.dynamic import DYNAMIC_FILES, TableDicts, to_host
 from hstu.checkpoint.find import GIN, RUN_FILE
 from hstu.checkpoint.state import TrainState, random_state
 from hstu.checkpoint.tensors import INDEX, RANDOM_FILES, TENSORS
@@ -65,7 +65,7 @@ class Snapshot:
             copies=copies,
             texts={"progress.json": json.dumps(metadata | ranks, indent=1), GIN: state.operative_gin} | run,
             random_state=random_state(mesh.device),
-            dynamic=copy_tables(dynamic_tables(state.model)),
+            dynamic={name: to_host(table.content()) for name, table in dynamic_tables(state.model).items()},
         )
 
 

@@ -238,8 +238,7 @@ def build_model(
     update_rows = encoder.inputs.kernels.update_rows
     needed = int if beside_tables is None else partial(beside_tables, config, mesh)
     model, table_optimizer = shard(model, config, mesh, update_rows, needed)
-    precision = "float32" if config.precision.fp32_master_grads else config.network.dtype_str
-    sent_as = DTYPES[precision]
+    sent_as = DTYPES["float32" if config.precision.fp32_master_grads else config.network.dtype_str]
     if config.data_parallel.sharding == "weights":
         model = shard_dense(model, mesh, sent_as, DTYPES[config.network.dtype_str])
     else:

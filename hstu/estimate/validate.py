@@ -187,8 +187,7 @@ def choose_directories(run: RunDraft, built: Built) -> None:
     for parameter, directory in written.items():
         existing = _existing_ancestor(directory)
         try:
-            with TemporaryFile(dir=existing):
-                pass
+            TemporaryFile(dir=existing).close()
         except OSError as error:
             text = f"{existing} cannot be written: {error.strerror or error}; give another directory"
             built.add(trainer, parameter, text)

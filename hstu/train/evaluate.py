@@ -276,17 +276,18 @@ class RetrievalEvaluator(Evaluator):
         collected, asked_at = 0, 1
         vectors: list[Tensor] = []
         nothing = np.zeros(0, dtype=np.int64)
-        rows = [(nothing,) * 6]
+        columns = [(nothing,) * 6]
         for number, batch in enumerate(batches, 1):
             real = np.flatnonzero(on_host(batch.user_ids) >= 0)
             asked = [batch] if batch.request_times is None else [batch, replace(batch, request_times=None)]
-            vectors.append(torch.stack([self._queries(each)[torch.from_numpy(real).to(device)] for each in asked]))
+            queries, rows = [self.forward(each).queries for each in asked], torch.from_numpy(real).to(device)
+            vectors.append(torch.stack([cast(Tensor, each).float()[rows] for each in queries]))
             events = real if batch.target_events is None else on_host(batch.target_events)[real]
             seen, seen_lengths = nothing, np.zeros(len(real), dtype=np.int64)
             if batch.seen is not None:  # padding rows have no seen items
                 seen, seen_lengths = on_host(batch.seen.values), on_host(batch.seen.lengths)[real]
             users, targets = on_host(batch.user_ids)[real], on_host(batch.labels)[real]
-            rows.append((users, targets, seen, seen_lengths, events, batch.item_lengths[real]))
+            columns.append((users, targets, seen, seen_lengths, events, batch.item_lengths[real]))
             collected += len(real) * _NUMBERS_PER_QUERY + len(seen)
             if number == asked_at:  # a collective: again after as many batches, or half of those that seem to be left
                 left = ROUND_NUMBERS - (most := max(1, int(self.exchange.total(collected, ReduceOp.MAX))))
@@ -294,14 +295,9 @@ class RetrievalEvaluator(Evaluator):
                     break
                 asked_at += max(1, min(number, left * number // (2 * most)))
         joined = torch.cat(vectors or [torch.zeros((1, 0, 1), device=device)], dim=1)
-        *of_queries, events, history = map(np.concatenate, zip(*rows, strict=True))
+        *of_queries, events, history = map(np.concatenate, zip(*columns, strict=True))
         arrays = (np.tile(each, len(joined)) for each in of_queries)
         return Queries(joined.flatten(0, 1), *arrays), len(joined), events, history
-
-    def _queries(self, batch: HSTUBatch) -> Tensor:
-        queries = self.forward(batch).queries
-        assert queries is not None, "the model is not a retrieval model"
-        return queries.float()
 
     def metrics(self, observations: Observations, exchange: Exchange = ALONE) -> dict[str, float]:
         """See Evaluator."""

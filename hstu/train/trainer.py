@@ -314,8 +314,11 @@ class Trainer:
         for split in splits:
             is_new = not self._history.has(split, iteration)
             self._history.add(self._measure(split, self.source.eval_batches(split), iteration))
-            if is_new and split == self._selection.split and self._selection.follow(self._history):
-                self._keep_best()
+            is_best = is_new and split == self._selection.split and self._selection.follow(self._history)
+            if is_best and self.args.saves_checkpoints:
+                self._save()
+                with self.meter.paused(), self.mesh.heartbeat.during("saving a checkpoint"):
+                    self.checkpoints.mark_best(self.state.iteration)
 
     def _measure(self, split: Split, batches: Iterator[HSTUBatch], iteration: int) -> EvalRecord:
         begun = time.monotonic()
@@ -333,12 +336,6 @@ class Trainer:
         iteration = self.state.iteration
         is_due = self.phase.first_iteration < iteration < self.total_iters and "evaluation" in self._intervals.due
         return is_due and not self._history.has(self.source.eval_splits[0], iteration)
-
-    def _keep_best(self) -> None:
-        if self.args.saves_checkpoints:
-            self._save()
-            with self.meter.paused(), self.mesh.heartbeat.during("saving a checkpoint"):
-                self.checkpoints.mark_best(self.state.iteration)
 
     def _save(self) -> None:
         self.pipeline.resolve()

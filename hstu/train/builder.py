@@ -167,8 +167,7 @@ def describe_saving(args: TrainerArgs, directory: Path) -> str:
     if not args.saves_checkpoints:
         return f"none, because TrainerArgs.ckpt_save_interval = {args.ckpt_save_interval}"
     every = args.ckpt_save_interval
-    unit = "" if isinstance(every, str) else " iterations"
-    saved = [] if every is None else [f"every {every}{unit}"]
+    saved = [] if every is None else [f"every {every}{'' if isinstance(every, str) else ' iterations'}"]
     saved += ["the last state"] if args.save_at_end else []
     saved += [f"the best {args.best_metric}"] if args.best_metric is not None else []
     return f"{', '.join(saved) or 'only when SIGTERM ends the run'}, in {directory}"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from hstu.config.args import (
     BenchmarkDatasetArgs,
     DatasetArgs,
+    NetworkArgs,
     NumericFeatureArgs,
     RankingArgs,
     RankingTaskArgs,
@@ -164,15 +165,14 @@ def position_encodings_combine(run: RunConfig) -> Iterator[Problem]:
         yield problem(run.network, "position_encoding", text)
 
 
-def spans_fit_the_layers(run: RunConfig) -> Iterator[Problem]:
-    spans = run.network.max_attention_span
-    if isinstance(spans, tuple) and len(spans) != run.network.num_layers:
-        text = f"has {len(spans)} spans, but must have one per layer: {cited(run.network, 'num_layers')}"
-        yield problem(run.network, "max_attention_span", f"{text}; write one number for all layers, or as many")
+def spans_fit_the_layers(run: RunConfig, network: NetworkArgs) -> Iterator[Problem]:
+    spans = network.max_attention_span
+    if isinstance(spans, tuple) and len(spans) != network.num_layers:
+        text = f"has {len(spans)} spans, but must have one per layer: {cited(network, 'num_layers')}"
+        yield problem(network, "max_attention_span", f"{text}; write one number for all layers, or as many")
 
 
-def truncation_leaves_layers(run: RunConfig) -> Iterator[Problem]:
-    network = run.network
+def truncation_leaves_layers(run: RunConfig, network: NetworkArgs) -> Iterator[Problem]:
     if network.truncate_after_layer is not None and network.truncate_after_layer >= network.num_layers:
         text = f"must be below {cited(network, 'num_layers')}, or no layer follows; change it or remove it"
         yield problem(network, "truncate_after_layer", text)
@@ -278,8 +278,7 @@ def _any_of(values: tuple[str, ...]) -> str:
 
 RULES = (
     features_have_one_role, numbers_are_described_once, candidates_leave_history, labels_are_not_inputs,
-    ranking_has_actions, position_encodings_combine, tasks_have_different_names, spans_fit_the_layers,
-    truncation_leaves_layers, masks_hide_the_labels,
+    ranking_has_actions, position_encodings_combine, tasks_have_different_names, masks_hide_the_labels,
 )  # fmt: skip
 RULES_OF: RulesOf = {
     DatasetArgs: (
@@ -288,6 +287,7 @@ RULES_OF: RulesOf = {
         item_towers_have_features,
     ),
     NumericFeatureArgs: (are_side_features,),
+    NetworkArgs: (spans_fit_the_layers, truncation_leaves_layers),
     RankingArgs: (head_fits_the_tasks, metrics_fit_the_head),
     RankingTaskArgs: (
         kinds_have_their_option, a_condition_stands_alone, loss_fits_the_kind, metrics_fit_the_kind,

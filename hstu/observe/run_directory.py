@@ -44,9 +44,8 @@ class RunDirectoryFailure(UserError):
 
 @dataclass(eq=False)
 class RunDirectory:
-    """Writes operative.gin at once, metrics.jsonl during the run, summary.json and curves.png at its end.
-
-    ``path`` is created if absent, and locked until ``close``.
+    """Writes operative.gin at once, metrics.jsonl during the run, summary.json and curves.png at its end. ``path`` is
+    created if absent, and locked until ``close``.
 
     Args:
         identity: content of run.json, which names the run. Empty: no such file.

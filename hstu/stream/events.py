@@ -60,7 +60,4 @@ def popularity(store: SequenceStore, samples: SampleTable) -> dict[str, dict[str
             equal = after - first - 1 - (counts[seen] == own).sum()
             ranks[place] = 1 + better + equal / 2
     metrics = partial(retrieval_metrics, METRICS)
-    return {
-        "metrics": metrics(ranks),
-        "half_widths": half_widths(lambda rows: metrics(ranks[rows]), samples.user),
-    }
+    return {"metrics": metrics(ranks), "half_widths": half_widths(lambda rows: metrics(ranks[rows]), samples.user)}

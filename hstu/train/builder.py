@@ -230,11 +230,10 @@ def build_model(
     if config.network.compile:
         compile_on_all_ranks(task, mesh)
     parameters = sum(parameter.numel() for parameter in task.parameters())
-    encoder = task.encoder
-    split_encoder(encoder, mesh)
+    split_encoder(task.encoder, mesh)
     model = GRModel(specs, task, (*roles.names, *negatives), roles, config.trainer.seed)
     model.dense.to(mesh.device)  # sharding creates the sharded tables on their devices
-    update_rows = encoder.inputs.kernels.update_rows
+    update_rows = task.encoder.inputs.kernels.update_rows
     needed = int if beside_tables is None else partial(beside_tables, config, mesh)
     model, table_optimizer = shard(model, config, mesh, update_rows, needed)
     sent_as = DTYPES["float32" if config.precision.fp32_master_grads else config.network.dtype_str]

@@ -21,8 +21,7 @@ class MetricsHistory:
         self._count: dict[str, int] = {}
         """split → number of evaluations."""
         self._extremes: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
-        """split → metric → "max" or "min" → {"value", "iter", "number"} of the first evaluation with this extreme;
-        the value is None if it was always undefined."""
+        """split → metric → "max" or "min" → {"value" (None: undefined), "iter", "number"} of the first with it."""
 
     @property
     def last(self) -> dict[str, dict[str, float]]:

@@ -8,7 +8,6 @@ A metric that the data does not define (one class only, nothing evaluated) is na
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from math import nan
 
 import numpy as np
 import pandas as pd
@@ -83,7 +82,7 @@ def auc(scores: np.ndarray, positive: np.ndarray, exchange: Exchange = ALONE) ->
     below = exchange.gathered(negatives.sum(keepdims=True))[: exchange.rank].sum() + np.cumsum(negatives) - negatives
     ordered = exchange.total((positives * (below + negatives / 2)).sum())
     pairs = math.prod(exchange.total(counts.sum(axis=0)).tolist())
-    return float(ordered / pairs) if pairs else nan
+    return float(ordered / pairs) if pairs else math.nan
 
 
 def _counted(values: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +98,7 @@ def grouped_auc(scores: np.ndarray, positive: np.ndarray, users: np.ndarray, exc
     defined = ~np.isnan(areas)
     weighted = np.array([(areas * impressions)[defined].sum(), impressions[defined].sum()])
     total, weight = exchange.total(weighted)
-    return float(total / weight) if weight else nan
+    return float(total / weight) if weight else math.nan
 
 
 def half_widths(metrics: Callable[[np.ndarray], Mapping[str, float]], users: np.ndarray) -> dict[str, float]:
@@ -110,7 +109,7 @@ def half_widths(metrics: Callable[[np.ndarray], Mapping[str, float]], users: np.
     """
     groups = hash_ids(users, _GROUPS)
     found = [metrics(groups != group) for group in range(_GROUPS)]
-    values = {name: np.array([each.get(name, nan) for each in found]) for name in found[0]}
+    values = {name: np.array([each.get(name, math.nan) for each in found]) for name in found[0]}
     halves = {name: _T * float(np.sqrt((_GROUPS - 1) * of.var())) for name, of in values.items()}
     return {name: half for name, half in halves.items() if math.isfinite(half)}
 
@@ -135,7 +134,7 @@ def retrieval_metrics(names: Sequence[str], ranks: np.ndarray, exchange: Exchang
     """
     if not exchange.total(len(ranks)):
         logger.warning("metrics are undefined (nan): the evaluation set has no queries")
-        return dict.fromkeys(names, nan)
+        return dict.fromkeys(names, math.nan)
     ordered = np.sort(ranks.astype(np.float64))  # makes sums independent of the assignment of queries to ranks
     return {name: float(exchange.mean(retrieval_gains(name, ordered))) for name in names}
 

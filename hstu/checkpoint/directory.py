@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hstu.base.errors import DataError, UserError
-from hstu.base.files import WRITING, aside_path, put_in_place, remove, replace_text, sha256, sync_to_disk, unused
+from hstu.base.files import WRITING, aside_path, put_in_place, remove, sha256, sync_to_disk, unused
 from hstu.parallel.collectives import on_all_ranks
 from hstu.parallel.mesh import Mesh
 
@@ -119,7 +119,10 @@ def becomes_visible(path: Path, size: int | None = None) -> bool:
 
 def write_manifest(root: Path, files: Files) -> None:
     """Write the manifest, which must be the last file of a checkpoint."""
-    replace_text(root / MANIFEST, _manifest_text(files))
+    path = root / MANIFEST
+    path.write_text(_manifest_text(files), encoding="utf-8")
+    sync_to_disk(path)
+    sync_to_disk(root)
 
 
 def read_manifest(root: Path) -> Files:

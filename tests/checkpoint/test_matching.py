@@ -109,7 +109,7 @@ def test_remapped_rows_may_have_another_number_of_rows() -> None:
     remaps = {"model.tables.t": RowRemap(np.array([0, -1, 1])), "model.tables.u": RowRemap(None)}
     found = match_tensors(own, stored, LoadOptions(), remaps)
     assert set(found.stored_names) == {"model.tables.t", "optimizer.tables.t.sum"}
-    assert found.resized == () and len(found.problems()) == 2
+    assert found.resized == [] and len(found.problems()) == 2
     told = found.report([])
     assert "model.tables.t and its states: 2 of 3 rows read, by raw id, the others as initialised" in told
     assert "model.tables.u and its states: as initialised: it is unknown which row belonged to which id" in told

@@ -25,14 +25,13 @@ import pyarrow.parquet as pq
 
 from hstu.base.errors import EXIT_DONE
 from hstu.base.files import written_aside
-from hstu.config.cli import tool
+from hstu.config.cli import check_new, tool
 from hstu.data.store.sequence_store import USER_FEATURE
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel.collectives import on_all_ranks
 from hstu.serve.command import (
     add_model_arguments,
     add_request_arguments,
-    check_new,
     load_model,
     note,
     require_model,

@@ -32,10 +32,10 @@ from tabulate import tabulate
 from hstu.base.errors import EXIT_DONE
 from hstu.base.files import replace_text, written_aside
 from hstu.base.times import as_date
-from hstu.config.cli import tool
+from hstu.config.cli import check_new, parse_time, tool
 from hstu.data.sampling.splits import Period
 from hstu.observe.logging import progress_log, quiet_libraries
-from hstu.serve.command import add_model_arguments, check_new, load_model, parse_time, require_model
+from hstu.serve.command import add_model_arguments, load_model, require_model
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.predict import choose_split, evaluate_split
 

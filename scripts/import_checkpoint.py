@@ -8,9 +8,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 from hstu.base.errors import DataError
-from hstu.config.cli import tool
+from hstu.config.cli import check_new, read_ids, tool
 from hstu.config.gin_io import load
-from hstu.serve.command import check_new, read_ids
 from hstu.train.importing import PEERS, import_checkpoint
 
 

@@ -31,20 +31,17 @@ import pyarrow.parquet as pq
 
 from hstu.base.errors import EXIT_DONE, ConfigError, DataError
 from hstu.base.files import replace_text, sha256, written_aside
-from hstu.config.cli import tool
+from hstu.config.cli import check_new, parse_json, read_text, tool
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel.collectives import gather_objects, on_all_ranks
 from hstu.serve.command import (
     Candidates,
     add_model_arguments,
     add_request_arguments,
-    check_new,
     load_model,
     note,
-    parse_json,
     read_candidates,
     read_codes,
-    read_text,
     require_model,
     users_of_file,
 )

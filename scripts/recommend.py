@@ -25,20 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from hstu import api
 from hstu.base.errors import EXIT_DONE, DataError
 from hstu.base.files import replace_text
-from hstu.config.cli import tool
+from hstu.config.cli import parse_json, parse_time, read_ids, read_text, tool
 from hstu.data.store.sequence_store import USER_FEATURE
 from hstu.observe.logging import quiet_libraries
-from hstu.serve.command import (
-    add_model_arguments,
-    load_model,
-    note,
-    parse_json,
-    parse_time,
-    read_ids,
-    read_text,
-    require_model,
-    shown,
-)
+from hstu.serve.command import add_model_arguments, load_model, note, require_model, shown
 
 _KINDS = {"user": object, "items": list, "actions": list, "timestamps": list, "context": dict, "features": dict}
 """Fields of a history in JSON."""

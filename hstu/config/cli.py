@@ -1,15 +1,19 @@
-"""Command lines: reads gin files into a checked RunConfig, and ends tools with an exit code for users' errors."""
+"""Command lines: reads gin files into a checked RunConfig; what tools read, and their exit codes for users' errors."""
 
 import argparse
 import functools
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NoReturn
 
-from hstu.base.errors import EXIT_BAD_DATA, ConfigError, UserError, printable, report_once
+from hstu.base.errors import EXIT_BAD_DATA, ConfigError, DataError, UserError, printable, report_once
 from hstu.config.args import Task
 from hstu.config.gin_io import read_and_check
 from hstu.config.reference import explain
@@ -136,3 +140,46 @@ def reader_may_leave() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes standard output again at exit
         sys.exit(_EXIT_SIGNAL + signal.SIGPIPE)
+
+
+def read_text(file: str) -> str:
+    """Read the text of a file, or of standard input for "-"; line ends become "\\n". Raises DataError."""
+    content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON. Raises DataError that names ``where``, the source of the text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON: {error}") from error
+
+
+def read_ids(file: str) -> list[str]:
+    """Read raw ids from a file, one per line; "-" is standard input. Raises DataError."""
+    return [line for line in read_text(file).split("\n") if line]
+
+
+def parse_time(text: str, option: str = "--at") -> int:
+    """Parse the value of an option, a time, into seconds since 1970. Raises DataError."""
+    if text == "now":
+        return int(time.time())
+    if text.removeprefix("-").isdecimal():
+        return int(text)
+    try:
+        date = datetime.fromisoformat(text)
+    except ValueError:
+        raise DataError(
+            f"{option}: {text!r} is no time; give now, seconds since 1970, or a date such as 2026-01-31T18:00"
+        ) from None
+    return int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
+
+
+def check_new(path: Path) -> None:
+    """Raise DataError if an output path exists and is not an empty directory."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise DataError(f"{path} exists; give another name, or remove it")

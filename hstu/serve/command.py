@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +16,7 @@ import pyarrow.parquet as pq
 
 from hstu.base.errors import DataError
 from hstu.checkpoint.find import is_choice
+from hstu.config.cli import parse_time, read_ids
 from hstu.config.problems import did_you_mean
 from hstu.data.batches.jagged import ranges, run_starts
 from hstu.data.datasets.spec import UNKNOWN
@@ -95,49 +93,6 @@ def note_unknown(loaded: LoadedModel, file: str, unknown: Mapping[str, Sequence[
 def shown(values: Sequence[Any]) -> str:
     """Format the first few values for a message."""
     return ", ".join(map(repr, values[:_SHOWN])) + (", …" if len(values) > _SHOWN else "")
-
-
-def read_text(file: str) -> str:
-    """Read the text of a file, or of standard input for "-"; line ends become "\\n". Raises DataError."""
-    content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
-
-
-def parse_json(text: str, where: str) -> Any:
-    """Parse JSON. Raises DataError that names ``where``, the source of the text."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {error}") from error
-
-
-def read_ids(file: str) -> list[str]:
-    """Read raw ids from a file, one per line; "-" is standard input. Raises DataError."""
-    return [line for line in read_text(file).split("\n") if line]
-
-
-def parse_time(text: str, option: str = "--at") -> int:
-    """Parse the value of an option, a time, into seconds since 1970. Raises DataError."""
-    if text == "now":
-        return int(time.time())
-    if text.removeprefix("-").isdecimal():
-        return int(text)
-    try:
-        date = datetime.fromisoformat(text)
-    except ValueError:
-        raise DataError(
-            f"{option}: {text!r} is no time; give now, seconds since 1970, or a date such as 2026-01-31T18:00"
-        ) from None
-    return int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
-
-
-def check_new(path: Path) -> None:
-    """Raise DataError if an output path exists and is not an empty directory."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise DataError(f"{path} exists; give another name, or remove it")
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from hstu.checkpoint.tensors import load_safetensors, open_tensors
+from hstu.config.cli import parse_time
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
-from hstu.serve.command import parse_time
 from scripts import export, inspect_checkpoint, recommend
 from tests.conftest import write_small_store
 from tests.distributed.launch import run_cases, run_ranks

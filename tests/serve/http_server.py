@@ -23,7 +23,7 @@ import pytest
 from hstu.serve.runtime import ServingError
 from hstu.serve.runtime.cache import PrefixCache
 from hstu.serve.server import batching
-from hstu.serve.server.app import server_config
+from hstu.serve.server.app import create_app
 from hstu.serve.server.batching import Metrics, ModelMetrics, Settings
 from hstu.serve.server.listening import Server
 from hstu.serve.server.model import Answer, RecommendRequest, ServedModel, User
@@ -88,7 +88,7 @@ def running(
     models = [LiveModel(root, metrics, load)]
     if settings.second_model is not None and second is not None:
         models.append(LiveModel(settings.second_model, ModelMetrics(metrics.registry, "hstu_second"), second))
-    server = Server(server_config(lambda: models, settings, metrics), settings.drain_s)
+    server = Server(create_app(lambda: models, settings, metrics), settings)
     loop_s = 0 if isinstance(load, StubLoader) else batching._LOOP_S  # its gate would hold up the event loop
     with socket.create_server(("127.0.0.1", 0)) as listener, mock.patch.object(batching, "_LOOP_S", loop_s):
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

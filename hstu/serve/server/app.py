@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import uvicorn
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import FileResponse, Response
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
@@ -29,7 +28,7 @@ from .batching import Batcher, Metrics, ModelMetrics, Overloaded, Settings
 from .clients import KeyFile
 from .follow import Follower
 from .guard import BodyRoute, Guard, as_json, failure
-from .listening import Connection, Server, bound
+from .listening import Server, bound
 from .logs import CURRENT, set_up_logging
 from .model import EventsRequest, RecommendRequest, ScoreRequest, ServedModel, User
 from .rules import ItemFile
@@ -48,6 +47,7 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
     429: {"description": "Too many requests wait; see the header Retry-After"},
     503: {"description": "The store of users does not answer"},
 }
+_EXPECTED_ERRORS = (RequestValidationError, ServingError, Overloaded, StoreError, HTTPException)
 _STORE_LIMIT_S = 2
 _SWITCH_INTERVAL_S = 1e-4
 """How long a thread may hold the GIL while others wait. PyTorch operators release it.
@@ -66,8 +66,7 @@ def serve(root: Path, host: str, port: int, settings: Settings) -> None:
         metrics = Metrics()
         gc.freeze()  # exempts imported modules, so that collecting a replaced model pauses threads for less time
         shown = f"[{host}]" if ":" in host else host
-        models = partial(load_models, root, settings, metrics)
-        server = Server(server_config(models, settings, metrics), settings.drain_s)
+        server = Server(create_app(partial(load_models, root, settings, metrics), settings, metrics), settings)
         for each in (signal.SIGTERM, signal.SIGINT):  # before uvicorn listens, and when it raises them again at its end
             signal.signal(each, server.handle_exit)
         _log.info("listening url=http://%s:%d", shown, listener.getsockname()[1])
@@ -87,24 +86,6 @@ def load_models(root: Path, settings: Settings, metrics: Metrics) -> list[LiveMo
         return [first]
     own = ModelMetrics(metrics.registry, "hstu_second")
     return [first, live(settings.second_model, own, lambda *given: suitable(read(*given), first.current))]
-
-
-def server_config(models: Callable[[], Sequence[LiveModel]], settings: Settings, metrics: Metrics) -> uvicorn.Config:
-    """Create the uvicorn configuration of the application."""
-    return uvicorn.Config(
-        create_app(models, settings, metrics),
-        http=Connection,
-        loop="asyncio",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=settings.request_s,
-        timeout_graceful_shutdown=settings.shutdown_s,
-        limit_concurrency=4 * settings.max_waiting + 64,
-    )
 
 
 def create_app(models: Callable[[], Sequence[LiveModel]], settings: Settings, metrics: Metrics) -> FastAPI:
@@ -144,10 +125,12 @@ def create_app(models: Callable[[], Sequence[LiveModel]], settings: Settings, me
         lifespan=lifespan,
         docs_url=None,  # FastAPI's pages load scripts from other hosts, which the header forbids
         redoc_url=None,
+        exception_handlers=dict.fromkeys(
+            (RequestValidationError, ServingError, Overloaded, StoreError, HTTPException), _failed
+        ),
     )
     app.router.route_class = BodyRoute
     app.state.is_draining = False  # Server sets it
-    _add_error_handlers(app)
 
     async def written(query: Any, size: int = 0) -> Response:
         # Events are stored also for a client that does not wait for the answer.
@@ -224,49 +207,39 @@ def create_app(models: Callable[[], Sequence[LiveModel]], settings: Settings, me
         served = current()
         return {"model": served.version, "items": served.search(q, count)}
 
-    text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-
     @app.get("/", include_in_schema=False)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(text)
+    async def page() -> FileResponse:
+        return FileResponse(Path(__file__).with_name("page.html"))
 
     paths = {getattr(route, "path", "") for route in app.routes}
     app.add_middleware(Guard, metrics=metrics, max_body_bytes=settings.max_body_bytes, paths=paths, keys=keys)
     return app
 
 
-def _add_error_handlers(app: FastAPI) -> None:
-    """Answer all errors with JSON that leaves out the content of the request."""
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        found: dict[str, list[str]] = {}
-        for each in error.errors():  # one per type that a value may have
-            found.setdefault(_where(each, error.body), []).append(str(each["msg"]))
-        told = {where: " or ".join(dict.fromkeys(messages)) for where, messages in found.items()}
-        told = {where: text.replace(_EXPECTED, "expected ", 1).replace(_EXPECTED, "") for where, text in told.items()}
-        problems = [{"where": where, "problem": text} for where, text in [*told.items()][:_SHOWN_PROBLEMS]]
-        more = f"; the first {_SHOWN_PROBLEMS} are shown" if len(found) > _SHOWN_PROBLEMS else ""
-        return failure(422, f"the request has {len(found)} problem(s){more}", problems=problems)
-
-    @app.exception_handler(ServingError)
-    async def unfit(_: Request, error: ServingError) -> Response:
-        return failure(422, str(error))
-
-    @app.exception_handler(Overloaded)
-    async def overloaded(_: Request, error: Overloaded) -> Response:
-        return failure(429, str(error), {"Retry-After": str(error.retry_after_s)})
-
-    @app.exception_handler(StoreError)
-    async def unavailable(_: Request, error: StoreError) -> Response:
-        _log.warning("store of users: %s", error)
-        return failure(503, "the store of users does not answer; the server's log says why")
-
-    @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> Response:
-        if error.status_code == 400:  # of FastAPI, if parsing fails for another reason than a mistake of syntax
+async def _failed(_: Request, error: Exception) -> Response:
+    """Answer an error with JSON that leaves out the content of the request."""
+    match error:
+        case RequestValidationError():
+            found: dict[str, dict[str, None]] = {}
+            for each in error.errors():  # one per type that a value may have
+                found.setdefault(_where(each, error.body), {})[str(each["msg"])] = None
+            texts = [(where, " or ".join(messages)) for where, messages in [*found.items()][:_SHOWN_PROBLEMS]]
+            problems = [
+                {"where": where, "problem": text.replace(_EXPECTED, "expected ", 1).replace(_EXPECTED, "")}
+                for where, text in texts
+            ]
+            more = f"; the first {_SHOWN_PROBLEMS} are shown" if len(found) > _SHOWN_PROBLEMS else ""
+            return failure(422, f"the request has {len(found)} problem(s){more}", problems=problems)
+        case Overloaded():
+            return failure(429, str(error), {"Retry-After": str(error.retry_after_s)})
+        case StoreError():
+            _log.warning("store of users: %s", error)
+            return failure(503, "the store of users does not answer; the server's log says why")
+        case HTTPException(status_code=400):  # of FastAPI, if parsing fails for another reason than a mistake of syntax
             return failure(422, "the request is no JSON in UTF-8, or has a number or nested lists of extreme length")
-        return failure(error.status_code, str(error.detail), error.headers)
+        case HTTPException():
+            return failure(error.status_code, str(error.detail), error.headers)
+    return failure(422, str(error))
 
 
 def _where(error: Mapping[str, Any], body: Any) -> str:

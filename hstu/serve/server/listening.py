@@ -10,9 +10,12 @@ from typing import Any
 
 import h11
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hstu.base.errors import ConfigError
+
+from .batching import Settings
 
 _BACKLOG = 256
 
@@ -24,10 +27,23 @@ class Server(uvicorn.Server):
     next request into a connection that closes.
     """
 
-    def __init__(self, config: uvicorn.Config, drain_s: float) -> None:
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        config = uvicorn.Config(
+            app,
+            http=Connection,
+            loop="asyncio",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=settings.request_s,
+            timeout_graceful_shutdown=settings.shutdown_s,
+            limit_concurrency=4 * settings.max_waiting + 64,
+        )
         super().__init__(config)
-        self._app: Any = config.app  # what create_app returns
-        self._drain_s, self._ends = drain_s, math.inf
+        self._app, self._drain_s, self._ends = app, settings.drain_s, math.inf
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end."""

@@ -35,8 +35,7 @@ from hstu.config.cli import tool
 from hstu.observe.logging import quiet_libraries
 from hstu.serve.command import add_checkpoint_arguments, note, require_model
 from hstu.serve.contents import caveats
-from hstu.serve.delta import read_export, write_delta
-from hstu.serve.export import TABLE_DTYPES, TOLERANCE, for_export, write_serving
+from hstu.serve.export import TABLE_DTYPES, TOLERANCE, for_export, read_export, write_delta, write_serving
 from hstu.serve.loaded import LoadedModel, mesh_of_this_process, stored_config
 from hstu.serve.runtime.files import SERVING
 

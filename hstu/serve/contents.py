@@ -18,11 +18,11 @@ from hstu.data.preprocess.running import learn_from
 from hstu.model.embedding import TableSpec
 from hstu.model.program import ServingProgram, key_of
 from hstu.parallel.tables import dynamic_tables
-from hstu.serve.histories import known_of_items, request_facts
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.runtime.files import FORMAT, VERSION
 from hstu.serve.runtime.model import ITEM_VECTORS
-from hstu.train.inference import InferenceSource, StoredSource
+from hstu.train.builder import raw_ids
+from hstu.train.inference import StoredSource
 
 MOST_CANDIDATES = 256
 """Candidates per sequence if training does not set a limit."""
@@ -75,12 +75,12 @@ def collect(
     if not isinstance(source, StoredSource):
         ids, codes = features.item_ids(), np.arange(source.cardinalities[source.roles.item], dtype=np.int64)
         places = codes_of(trained.model_ids(codes), ids)  # index in ``ids`` of each item of the data
-        vocabulary |= _items(source, features, places, len(ids))
+        vocabulary |= _items(trained, features, places, len(ids))
         events = source.store.sequence(facts["item"])
         some = np.array_split(events, 1 + len(events) // _EVENTS_AT_ONCE)
         counts = sum(np.bincount(places[each], minlength=len(ids)) for each in some)
         vocabulary["popularity"] = torch.from_numpy(np.asarray(counts))
-        if any(entry["is_running"] for entry in facts["numbers"]):
+        if trained.encoder.running_names:
             learnt = learn_from(source.store, places).tables
             vocabulary |= {f"running.{name}": table for name, table in learnt.items()}
         if trained.config.has_item_tower and isinstance(trained.config.task_args, RetrievalArgs):
@@ -95,8 +95,7 @@ def _facts(trained: LoadedModel, program: ServingProgram) -> dict[str, Any]:
     dataset, network, args = trained.dataset, config.network, config.task_args
     has_candidates = dataset.has_candidates
     alone = _newest_event_is_scored(config)
-    requests = request_facts(config, trained.source, trained.vocabularies)
-    running = [entry["name"] for entry in requests["numbers"] if entry["is_running"]]
+    running = trained.encoder.running_names
     counts = f"running statistics ({', '.join(running)}) count all events of a user" if running else None
     spans = [span for span in network.attention_spans if span is not None]
     cached = {
@@ -106,7 +105,7 @@ def _facts(trained: LoadedModel, program: ServingProgram) -> dict[str, Any]:
         "full_tokens": network.min_full_attention_tokens,
     }
     return {
-        **requests,
+        **trained.encoder.facts,
         "format": FORMAT,
         "version": VERSION,
         "program": key_of(program, network, args, config.numbers, trained.source.roles),
@@ -138,7 +137,7 @@ class _Features:
             for name, table in dynamic_tables(trained.model).items()
         }
         self._dynamic_ids = {name: ids[table] for name, table in self._table_of.items() if table in ids}
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors = raw_ids(trained.source).tensors()
         """ids.<feature>: its values. rows.<feature>: the table row of each value, if it differs from the index."""
         self.facts = {name: self._describe(name) for name in trained.source.roles.names}
 
@@ -168,17 +167,12 @@ class _Features:
         return int(self.table_rows(feature, np.array([self._vocabularies[feature].missing]))[0])
 
     def _describe(self, feature: str) -> dict[str, Any]:
-        """Add the values of a feature and their rows to ``tensors``. Returns the facts of the feature."""
+        """Add the rows of the values of a feature, and raw ones, to ``tensors``. Returns the facts of the feature."""
         vocabulary, roles = self._vocabularies[feature], self._source.roles
-        kind = vocabulary.kind
-        ids = np.arange(vocabulary.size, dtype=np.int64)
+        kind, ids = vocabulary.kind, np.arange(vocabulary.size, dtype=np.int64)
         if kind == "raw":
             kind, ids = "numbers", self.item_ids() if feature == roles.item else self._dynamic_ids[feature]
             self.tensors[f"ids.{feature}"] = torch.from_numpy(ids)
-        elif kind == "numbers":
-            self.tensors[f"ids.{feature}"] = vocabulary.numbers.clone()
-        elif kind == "texts":
-            self.tensors |= as_texts(f"ids.{feature}", vocabulary.texts)
         rows = self.table_rows(feature, ids)
         if not np.array_equal(rows, np.arange(len(rows))):
             self.tensors[f"rows.{feature}"] = torch.from_numpy(rows)
@@ -200,7 +194,7 @@ class _Features:
         return self._dynamic_ids[item] if of_data is None else np.union1d(self._dynamic_ids[item], of_data)
 
 
-def _items(source: InferenceSource, features: _Features, places: np.ndarray, count: int) -> dict[str, Tensor]:
+def _items(trained: LoadedModel, features: _Features, places: np.ndarray, count: int) -> dict[str, Tensor]:
     """Features and titles of ``count`` exported items. ``places``: export index of each item of the data.
 
     item.<feature>: table rows, int64 [items]; for a list [values], with item.<feature>.offsets, int64 [items + 1];
@@ -212,11 +206,10 @@ def _items(source: InferenceSource, features: _Features, places: np.ndarray, cou
         found[places] = values
         return found
 
-    known = {name: tensor.numpy() for name, tensor in known_of_items(source.store, source.roles).items()}
-    found = {}
+    found, known = {}, {name: tensor.numpy() for name, tensor in trained.encoder.known.items()}
     for name, values in known.items():
         feature = name.removeprefix("item.")
-        if feature in source.roles.numbers:
+        if feature in trained.source.roles.numbers:
             found[name] = spread(values, np.nan)
         elif f"{name}.offsets" in known:
             rows, lengths = features.table_rows(feature, values), np.diff(known[f"{name}.offsets"])
@@ -225,7 +218,7 @@ def _items(source: InferenceSource, features: _Features, places: np.ndarray, cou
             found[name][ranges(bounds[places], lengths)] = rows
         elif not name.endswith(".offsets"):
             found[name] = spread(features.table_rows(feature, values), features.missing(feature))
-    titles = source.store.titles()
+    titles = trained.store.titles()
     texts = {} if titles is None else as_texts("titles", spread(titles, ""))
     return {name: torch.from_numpy(values) for name, values in found.items()} | texts
 

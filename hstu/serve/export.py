@@ -1,10 +1,12 @@
-"""Export a trained model to a folder that a service loads with plain PyTorch."""
+"""Export a trained model to a folder that a service loads with plain PyTorch, whole or as what has changed."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hstu.base.errors import ConfigError, DataError
+from hstu.base.ids import codes_of
 from hstu.checkpoint.directory import Files, describe_files
 from hstu.config.args import ContextParallelArgs, DataParallelArgs, TensorModelParallelArgs
 from hstu.config.run_config import RunConfig
@@ -22,9 +25,29 @@ from hstu.model.program import ServingProgram, trace
 from hstu.serve import runtime
 from hstu.serve.contents import check_can_be_served, collect
 from hstu.serve.loaded import LoadedModel, with_store
-from hstu.serve.runtime.delta import Contents
-from hstu.serve.runtime.files import COMPILED, FACTS, MANIFEST, PROGRAM, TABLES, VOCABULARY, WEIGHTS, checksum_of
-from hstu.serve.runtime.model import machine
+from hstu.serve.runtime.files import (
+    CHANGES,
+    COMPILED,
+    DELTA,
+    FACTS,
+    MANIFEST,
+    PROGRAM,
+    SERVING,
+    TABLES,
+    VOCABULARY,
+    WEIGHTS,
+    Contents,
+    Vocabulary,
+    checksum_of,
+    in_rows,
+    moved,
+    new_rows,
+    read_contents,
+    rows_at,
+    rows_in,
+    runs_of,
+)
+from hstu.serve.runtime.model import ITEM_VECTORS, machine
 from hstu.train.inference import InferenceSource, StoredSource
 
 TABLE_DTYPES = ("float32", "bfloat16", "int8")
@@ -32,6 +55,10 @@ TOLERANCE = 1e-4
 """Largest allowed difference of a logit or a vector component, relative to 1 + its absolute value."""
 PACKAGE = "hstu_serving"
 _CHECKED_USERS = 10
+_REMEDY = "make a whole export: leave out --delta"
+_SPAN = int(running.keys_of(torch.tensor([1]), torch.tensor([0])))
+_KEYS = {"cells": "cells", "sums": "cells", "fitted": "fitted", "factors": "fitted"}
+"""Table of running statistics → the table with the keys of its rows."""
 
 
 def for_export(config: RunConfig, data: Path | None = None) -> RunConfig:
@@ -142,7 +169,8 @@ def difference(trained: LoadedModel, model: runtime.Model) -> float | None:
 
 
 def _difference_of_samples(trained: LoadedModel, source: InferenceSource, model: runtime.Model) -> float | None:
-    """As ``difference``, of ranking. Without candidates in training, the newest event of a sample is the candidate."""
+    """As ``difference``, of ranking: of the last candidate of each sample, which is its newest event where training has
+    no candidates."""
     store, rule = source.store, model.facts["candidates"]
     samples = build_samples(store, trained.dataset, "ranking", "all", seed=0)
     counts = samples.num_candidates if rule["trained"] else np.ones_like(samples.start)
@@ -162,18 +190,14 @@ def _difference_of_samples(trained: LoadedModel, source: InferenceSource, model:
     known = [name for name in model.encoder.known_before if name in histories[0].features]
     raw = {name: shown.values(name) for name in (store.item_feature, *known)}
     raw |= {name: store.raw_ids(name)[codes] for name, codes in raw.items() if store.feature(name).has_vocab}
-    first = np.cumsum(counts[rows]) - counts[rows]
-    for place, (row, whole) in enumerate(zip(rows, histories, strict=True)):
-        history = whole.cut(slice(int(ends[row] - samples.history_begin[row])))
-        own = np.arange(first[place], first[place] + counts[row])
-        others = np.resize(np.arange(len(raw[store.item_feature])), rule["most"])  # beside them, nothing may change
-        values = {name: each[np.concatenate([own, others])].tolist() for name, each in raw.items()}
-        candidates = runtime.Candidates(values.pop(store.item_feature), values)
-        expected = of_sample[place][-len(own) :]
-        for checked in {0, len(own) - 1}:
-            at = None if times is None else int(times[own[checked]])
-            found = model.predict_batch([history], [candidates], at)[0]
-            worst = max(worst, _largest(found[checked], expected[checked]))
+    others = np.resize(np.arange(len(raw[store.item_feature])), rule["most"])  # beside them, nothing may change
+    lengths, lasts = (ends - samples.history_begin)[rows], np.cumsum(counts[rows]) - 1
+    for whole, length, last, expected in zip(histories, lengths.tolist(), lasts.tolist(), of_sample, strict=True):
+        values = {name: each[[last, *others]].tolist() for name, each in raw.items()}
+        shown_to = [runtime.Candidates(values.pop(store.item_feature), values)]
+        at = None if times is None else int(times[last])
+        (found,) = model.predict_batch([whole.cut(slice(length))], shown_to, at)
+        worst = max(worst, _largest(found[0], expected[-1]))
     return worst
 
 
@@ -196,3 +220,170 @@ def _reduced(tables: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file. Equal tensors give equal bytes."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+class DeltaSize(NamedTuple):
+    """The rows of tables that a delta has, those of all tables; the bytes of the delta, and of the whole export."""
+
+    changed: int
+    rows: int
+    num_bytes: int
+    whole_bytes: int
+
+
+def read_export(path: Path) -> Contents:
+    """Read an export, or its folder "serving"; for a delta, with what it is based on. Raises DataError."""
+    folder = path / SERVING if (path / SERVING).is_dir() else path
+    if not (folder / FACTS).is_file():
+        raise DataError(f"{path} is no export for serving; give what export.py has written with --program or --delta")
+    try:
+        return read_contents(folder)
+    except runtime.ServingError as error:
+        raise DataError(str(error)) from error
+
+
+def write_delta(source: Path, base: Contents, folder: Path, path: str, threshold: float = 0.0) -> DeltaSize:
+    """Write what has changed from ``base`` to the whole export in ``source`` to a new folder.
+
+    Args:
+        source: a folder "serving". With a threshold above 0, its tables are replaced by those that result.
+        base: the earlier export.
+        folder: the folder to create. The manifest is written last.
+        path: where the base is, as seen from the final place of ``folder``.
+        threshold: a row of a table is in the delta if one of its numbers has changed by more. 0: all is exact.
+
+    Raises DataError if the exports have different programs or data types of tables.
+    """
+    new = read_export(source)
+    _check_fits(base, new, threshold)
+    changes, rules = _moves(base, new), dict[str, dict[str, Any]]()
+    for file in (TABLES, VOCABULARY):
+        limit = threshold if file == TABLES else 0.0
+        rules[file], result = _compared(file, base, new, changes, limit)
+        if limit:
+            write_tensors(source / file, result)
+            files = {**new.files, **describe_files(source, [source / file])}
+            new = replace(new, files=files, tensors={**new.tensors, file: result})
+    folder.mkdir(parents=True)
+    write_tensors(folder / CHANGES, changes)
+    delta = {"base": base.digest, "path": path, "threshold": threshold, "tensors": rules, "files": new.files}
+    (folder / DELTA).write_text(json.dumps(delta, indent=1, ensure_ascii=False), encoding="utf-8")
+    for name, entry in new.files.items():
+        if name in (FACTS, WEIGHTS) or (name not in (TABLES, VOCABULARY) and base.files.get(name) != entry):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+    files = write_manifest(folder)
+    found = read_contents(folder, base).tensors
+    if not all(_is_same(found[file].get(name), own) for file in found for name, own in new.tensors[file].items()):
+        raise DataError(f"the delta does not give what it was made of, a defect; please report it, and {_REMEDY}")
+    tables = [rows for rows in new.tensors[TABLES].values() if rows.ndim == 2]
+    return DeltaSize(
+        changed=sum(
+            len(each)
+            for key, each in changes.items()
+            if key.startswith(TABLES) and key.endswith("/values") and each.ndim == 2
+        ),
+        rows=sum(map(len, tables)),
+        num_bytes=sum(entry["bytes"] for entry in files.values()),
+        whole_bytes=sum(entry["bytes"] for entry in new.files.values()),
+    )
+
+
+def _check_fits(base: Contents, new: Contents, threshold: float) -> None:
+    where = f"cannot write a delta from {base.folders[0]}"
+    programs = [each.files[PROGRAM]["sha256"][:12] for each in (base, new)]
+    if programs[0] != programs[1]:
+        raise DataError(
+            f"{where}: its {PROGRAM} has the sha256 {programs[0]}, and that of this model {programs[1]}, as another "
+            f"configuration or another version of torch makes it; {_REMEDY}"
+        )
+    for name, rows in new.tensors[TABLES].items():
+        before, own = (str(each.dtype)[6:] for each in (base.tensors[TABLES].get(name, rows), rows))
+        if before != own:
+            raise DataError(f"{where}: its table {name} has {before}, not {own}; give --table_dtype {before}")
+        if own == "int8" and threshold:
+            raise DataError(f"{where}: rows of int8 tables have a factor each; leave out --delta_threshold")
+
+
+def _moves(base: Contents, new: Contents) -> dict[str, Tensor]:
+    """Find the rows of the base by raw id. Returns "moves/<kind>" → runs, see ``Changes``.
+
+    "ids F": places in the vocabulary of feature F; "table T": rows of table T; "running K": rows with the keys K.
+    """
+    found = dict[str, Tensor]()
+    for name, facts in new.facts["features"].items():
+        if name not in base.facts["features"] or facts["table"] not in base.tensors[TABLES]:
+            continue
+        own = Vocabulary.read(new.tensors[VOCABULARY], name, facts)
+        theirs = Vocabulary.read(base.tensors[VOCABULARY], name, base.facts["features"][name])
+        places = found[f"ids {name}"] = theirs.places(own.values_at(torch.arange(own.size)))
+        nothing = torch.full((len(new.tensors[TABLES][facts["table"]]),), -1)
+        rows, before = own.rows_of(torch.arange(own.size)), theirs.rows_of(places)
+        is_known = (rows >= 0) & (before >= 0)
+        found.setdefault(f"table {facts['table']}", nothing)[rows[is_known]] = before[is_known]
+    for name in dict.fromkeys(_KEYS.values()):
+        old, keyed = (each.tensors[VOCABULARY].get(f"running.{name}") for each in (base, new))
+        if old is not None and keyed is not None:
+            items = new_rows(found[f"ids {new.facts['item']}"])
+            keys = items[(old // _SPAN).clamp(max=len(items) - 1)] * _SPAN + old % _SPAN
+            order = keys.argsort()
+            codes = torch.from_numpy(codes_of(keyed.numpy(), keys[order].numpy()))
+            found[f"running {name}"] = rows_at(order, codes).masked_fill(codes < 0, -1)
+    return {f"moves/{kind}": runs_of(rows) for kind, rows in found.items()}
+
+
+def _compared(
+    file: str, base: Contents, new: Contents, changes: dict[str, Tensor], limit: float
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Add what has changed in the tensors of a file to ``changes``. Returns (rules, the tensors that they give)."""
+    old, own, rules, made = base.tensors[file], new.tensors[file], dict[str, Any](), dict[str, Tensor]()
+    for name in sorted(own, key=lambda name: not name.endswith(".offsets")):  # bounds first
+        if _is_same(old.get(name), own[name]):
+            rules[name], made[name] = None, old[name]
+            continue
+        rows, key, made[name], rule = in_rows(name, own[name]), f"{file}/{name}", own[name], _rule(file, name, new)
+        is_movable = name in old and all(
+            f"moves/{rule[each]}" in changes for each in ("rows", "values") if each in rule
+        )
+        start = moved(name, rule, old, made, changes) if is_movable else None
+        if start is None or (start.shape, start.dtype) != (rows.shape, rows.dtype):
+            rules[name], changes[f"{key}/values"] = {}, rows
+            continue
+        differs = (_as_bytes(start) != _as_bytes(rows)).any(1)
+        if limit:
+            is_new = rows_in(changes[f"moves/{rule['rows']}"]) < 0
+            differs &= is_new | ~((rows.float() - start.float()).abs().amax(1) <= limit)
+        changed, rules[name] = differs.nonzero()[:, 0], rule
+        if len(changed):
+            changes |= {f"{key}/rows": runs_of(changed), f"{key}/values": rows[changed]}
+        if limit:
+            made[name] = start.index_copy(0, changed, rows[changed])
+    return rules, made
+
+
+def _is_same(left: Tensor | None, right: Tensor) -> bool:
+    if left is None or (left.shape, left.dtype) != (right.shape, right.dtype):
+        return False
+    return _as_bytes(left).equal(_as_bytes(right))
+
+
+def _as_bytes(rows: Tensor) -> Tensor:
+    """uint8 [rows, bytes of a row], which also tells -0.0 from 0.0 and one NaN from another."""
+    return rows.contiguous().view(len(rows), math.prod(rows.shape[1:])).view(torch.uint8)
+
+
+def _rule(file: str, name: str, new: Contents) -> dict[str, Any]:
+    """What the rows and numbers of a tensor are, see docs/export.md."""
+    features, of_items = new.facts["features"], f"ids {new.facts['item']}"
+    if file == TABLES:
+        table = name.removesuffix(".scale")
+        return {"rows": of_items if table == ITEM_VECTORS else f"table {table}"}
+    kind, _, feature = name.removesuffix(".offsets").removesuffix(".utf8").partition(".")
+    rule: dict[str, Any] = {"rows": f"ids {feature}" if kind in ("ids", "rows") else of_items}
+    if kind == "running":
+        keys = _KEYS.get(feature)
+        return {"rows": f"running {keys}"} | ({"values": of_items, "span": _SPAN} if keys == feature else {})
+    if kind in ("rows", "item") and feature in features and not name.endswith(".offsets"):
+        rule |= {"values": f"table {features[feature]['table']}", "span": 1}
+    bounds = name.removesuffix(".utf8") + ".offsets"
+    return rule | ({"offsets": bounds} if bounds in new.tensors[VOCABULARY] else {})

@@ -16,7 +16,6 @@ from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import PADDING_ID, HSTUBatch, ItemFeatures
 from hstu.data.batches.collate import Assembler, Rows
 from hstu.data.datasets.spec import UNKNOWN
-from hstu.data.features.roles import FeatureRoles
 from hstu.data.features.running import RunningStatistics
 from hstu.data.preprocess.running import learn_from
 from hstu.data.sampling.sampler import START, BatchPlan
@@ -31,9 +30,8 @@ from hstu.train.sources import StoreSource
 
 def vocabulary_of(raw: np.ndarray, **options: Any) -> Vocabulary:
     """Create a Vocabulary of ascending raw ids: int64, or objects of type str. ``options``: its other arguments."""
-    if raw.dtype == object:
-        return Vocabulary("texts", len(raw), raw.tolist(), **options)
-    return Vocabulary("numbers", len(raw), _as_tensor(raw), **options)
+    kind, values = ("texts", raw.tolist()) if raw.dtype == object else ("numbers", _as_tensor(raw))
+    return Vocabulary(kind, len(raw), values, **options)
 
 
 def stored_vocabulary(store: SequenceStore, feature: str) -> Vocabulary:
@@ -43,8 +41,8 @@ def stored_vocabulary(store: SequenceStore, feature: str) -> Vocabulary:
     raw = store.raw_ids(feature)
     if feature == USER_FEATURE and raw.dtype != object:  # the users of a lake may be in any order
         order = np.argsort(raw, kind="stable")
-        return vocabulary_of(raw[order], rows=_as_tensor(order))
-    return vocabulary_of(raw, ranges=store.ranges.get(feature))
+        return vocabulary_of(raw[order], row_of=_as_tensor(order))
+    return vocabulary_of(raw, ranges=store.ranges.get(feature, {}))
 
 
 def vocabularies_of(source: BatchSource, raw_ids: RawIds) -> dict[str, Vocabulary]:
@@ -58,13 +56,13 @@ def vocabularies_of(source: BatchSource, raw_ids: RawIds) -> dict[str, Vocabular
             is_time = name in TIME_FEATURES and name in source.roles.side
             found[name] = Vocabulary("time" if is_time else "range", size, missing=size, unknown=size)
         else:
-            found[name] = vocabulary_of(raw, missing=size, unknown=size, ranges=source.ranges.get(name))
+            found[name] = vocabulary_of(raw, missing=size, unknown=size, ranges=source.ranges.get(name, {}))
         if name in source.roles.side:
             found[name].missing = int(found[name].rows([UNKNOWN])[0])
     return found
 
 
-def request_facts(config: RunConfig, source: BatchSource, vocabularies: Mapping[str, Vocabulary]) -> dict[str, Any]:
+def _request_facts(config: RunConfig, source: BatchSource, vocabularies: Mapping[str, Vocabulary]) -> dict[str, Any]:
     """The entries of serving.json that ``Encoder`` reads."""
     roles, network, is_retrieval = source.roles, config.network, config.task == "retrieval"
     times = [name for name, vocabulary in vocabularies.items() if vocabulary.kind == "time"]
@@ -102,20 +100,6 @@ def request_facts(config: RunConfig, source: BatchSource, vocabularies: Mapping[
     }
 
 
-def known_of_items(store: SequenceStore, roles: FeatureRoles) -> dict[str, Tensor]:
-    """Item features of the data by item code, in model ids, with the tensor names of vocabulary.safetensors."""
-    found: dict[str, np.ndarray] = {}
-    for name in roles.side:
-        if name in store.item_number_features:
-            found[f"item.{name}"] = store.item_numbers(name)
-        elif name in store.item_side_features:
-            codes, offsets = store.item_values(name)
-            found[f"item.{name}"] = store.model_ids(name, np.asarray(codes))
-            if offsets is not None:
-                found[f"item.{name}.offsets"] = offsets
-    return {name: _as_tensor(values) for name, values in found.items()}
-
-
 def _as_tensor(array: np.ndarray) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that memory maps are read-only
@@ -129,11 +113,20 @@ class BatchEncoder(Encoder):
 
     def __init__(self, config: RunConfig, source: BatchSource, vocabularies: Mapping[str, Vocabulary]) -> None:
         self._config, self._source = config, source
-        items, known = vocabularies[source.roles.item], dict[str, Tensor]()
+        items, known = vocabularies[source.roles.item], dict[str, np.ndarray]()  # values by code of the data's items
         if isinstance(source, StoreSource):
-            items = stored_vocabulary(source.store, source.roles.item)
-            known = known_of_items(source.store, source.roles)
-        super().__init__(request_facts(config, source, vocabularies), vocabularies, items, known)
+            store = source.store
+            items = stored_vocabulary(store, source.roles.item)
+            for name in source.roles.side:
+                if name in store.item_number_features:
+                    known[f"item.{name}"] = store.item_numbers(name)
+                elif name in store.item_side_features:
+                    codes, offsets = store.item_values(name)
+                    known[f"item.{name}"] = store.model_ids(name, np.asarray(codes))
+                    if offsets is not None:
+                        known[f"item.{name}.offsets"] = offsets
+        tensors = {name: _as_tensor(values) for name, values in known.items()}
+        super().__init__(_request_facts(config, source, vocabularies), vocabularies, items, tensors)
 
     @cached_property
     def running(self) -> RunningStatistics | None:

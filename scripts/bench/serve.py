@@ -35,7 +35,7 @@ from harness import ROOT, Row, publish
 
 from hstu.serve import runtime
 from hstu.serve.runtime import History, Model
-from hstu.serve.runtime.delta import digest_of
+from hstu.serve.runtime.files import digest_of
 from hstu.serve.server.users import StoredEvents, open_store
 
 JSON = {"content-type": "application/json"}

@@ -27,8 +27,15 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
 from hstu.serve import runtime
-from hstu.serve.delta import DeltaSize, read_export, write_delta
-from hstu.serve.export import for_export, write_manifest, write_serving, write_tensors
+from hstu.serve.export import (
+    DeltaSize,
+    for_export,
+    read_export,
+    write_delta,
+    write_manifest,
+    write_serving,
+    write_tensors,
+)
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.runtime import History
 from hstu.serve.runtime.encode import Events

@@ -241,28 +241,6 @@ def test_tables_of_fewer_bits_are_close(
 # --- a score has one meaning ---
 
 
-def test_candidates_of_an_evaluation_score_as_each_does_alone(ranking: Served) -> None:
-    trained, model = ranking.trained, ranking.model
-    cut = 0
-    for batch in trained.batches("valid"):
-        logits = trained.forward(batch).logits
-        assert logits is not None
-        users = batch.user_ids[: batch.real_batch_size].tolist()
-        for user, expected in zip(users, logits.split(batch.num_labels.tolist()), strict=False):
-            (whole,) = trained.histories_of(np.array([user]))
-            end = len(whole.items) - len(expected)
-            history = whole.cut(slice(end))
-            cut += end > model.encoder.room(1)[0]
-            for place in range(end, len(whole.items)):
-                event = whole.cut(slice(place, place + 1))
-                assert event.timestamps is not None
-                known = {name: event.features[name] for name in model.encoder.known_before if name in event.features}
-                at = int(event.timestamps[0])
-                (found,) = model.predict_batch([history], [Shown(event.items, known)], at)
-                torch.testing.assert_close(found[0], expected[place - end], atol=ROUNDING, rtol=ROUNDING)
-    assert cut, "some histories are longer than the model's"
-
-
 def test_a_score_does_not_depend_on_the_candidates_beside(ranking: Served) -> None:
     users, names = np.arange(20), [name for name in ranking.model.encoder.known_before if name == "device"]
 
@@ -275,11 +253,15 @@ def test_a_score_does_not_depend_on_the_candidates_beside(ranking: Served) -> No
         np.testing.assert_allclose(first_of(count), first_of(1), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("what", ["gap", "history"])
-def test_the_check_of_an_export_notices_another_meaning(
+@pytest.mark.parametrize("what", ["weight", "gap", "history"])
+def test_the_check_of_an_export_notices_another_weight_or_meaning(
     ranking: Served, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    if what == "history":  # cut to what fits beside fewer candidates
+    assert ranking.difference is not None and ranking.difference <= ROUNDING
+    if what == "weight":
+        weight = ranking.trained.model.dense.get_parameter("task.encoder.layers.0.bias.time_weight")
+        monkeypatch.setattr(weight, "data", weight.data + 0.05)
+    elif what == "history":  # cut to what fits beside fewer candidates
         monkeypatch.setitem(ranking.model.facts["candidates"], "most", 2)
     else:  # counted from the candidate before
         codes = SequenceStore.time_codes

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, compress, groupby
 from reprlib import repr
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -54,35 +54,28 @@ class Events:
         )
 
 
+@dataclass(eq=False)
 class Encoder:
-    """Converts histories and candidates to ids, numbers and times that a model reads.
+    """Converts histories and candidates to ids, numbers and times that a model reads."""
 
-    Args:
-        facts: the entries of serving.json that describe requests.
-        vocabularies: feature → vocabulary.
-        items: vocabulary of the items with stored features.
-        known: the stored features of ``items``: ``item.<feature>``, with ``.offsets`` for lists.
-    """
-
-    error: type[Exception] = ServingError
+    facts: Mapping[str, Any]
+    """The entries of serving.json that describe requests."""
+    vocabularies: Mapping[str, Vocabulary]
+    known_items: Vocabulary
+    """The vocabulary of the items with stored features."""
+    known: Mapping[str, Tensor]
+    """The stored features of ``known_items``: ``item.<feature>``, with ``.offsets`` for lists."""
+    error: ClassVar[type[Exception]] = ServingError
     """Exception class for a request that the model cannot read."""
 
-    def __init__(
-        self,
-        facts: Mapping[str, Any],
-        vocabularies: Mapping[str, Vocabulary],
-        items: Vocabulary,
-        known: Mapping[str, Tensor],
-    ) -> None:
-        self.facts, self.vocabularies = facts, vocabularies
-        self.items = vocabularies[facts["item"]]
+    def __post_init__(self) -> None:
+        self.items = self.vocabularies[self.facts["item"]]
         """The vocabulary of items that the model reads."""
-        self.known_items, self._known = items, known
 
     @cached_property
     def running(self) -> RunningStatistics | None:
         """Computes the running statistics that requests do not give. None: the model reads none."""
-        found = {name.removeprefix(_RUNNING): each for name, each in self._known.items() if name.startswith(_RUNNING)}
+        found = {name.removeprefix(_RUNNING): each for name, each in self.known.items() if name.startswith(_RUNNING)}
         return RunningStatistics(found) if found else None
 
     @property
@@ -93,7 +86,7 @@ class Encoder:
     @property
     def given_features(self) -> dict[str, bool]:
         """Feature of items or events, except time features → whether a request must contain it."""
-        optional = {name.removeprefix("item.") for name in self._known} | {*self.running_names}
+        optional = {name.removeprefix("item.") for name in self.known} | {*self.running_names}
         return {name: name not in optional for name in feature_names(self.facts)}
 
     @property
@@ -266,7 +259,7 @@ class Encoder:
 
     def _lists_of_items(self, name: str, places: Tensor, who: str) -> tuple[Tensor, Tensor]:
         """(rows of all values of a list feature of known items, event after event; number of values per event)."""
-        rows, offsets = self._of_items(name, who), self._known[f"item.{name}.offsets"]
+        rows, offsets = self._of_items(name, who), self.known[f"item.{name}.offsets"]
         is_unknown, begins = places < 0, rows_at(offsets, places)
         counts = (rows_at(offsets[1:], places) - begins).masked_fill_(is_unknown, 1)
         event, inside = run_indices(counts)
@@ -298,12 +291,12 @@ class Encoder:
         return torch.cat(rows)
 
     def _of_items(self, name: str, who: str) -> Tensor:
-        if f"item.{name}" not in self._known:
+        if f"item.{name}" not in self.known:
             raise self.error(
                 f"{who} no feature {self.text_of(name)}, which the model reads and which is not known of the items: "
                 "give one value per item"
             )
-        return self._known[f"item.{name}"]
+        return self.known[f"item.{name}"]
 
 
 def joined(parts: Iterable[Iterable[Any]]) -> list[Any]:

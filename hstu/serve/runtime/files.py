@@ -1,4 +1,7 @@
-"""Read the files of an exported directory: manifest, safetensors, tables and vocabularies."""
+"""What an export holds: read from its folder or, for a delta, made of its base by the rules of delta.json.
+
+docs/export.md describes the files.
+"""
 
 import hashlib
 import json
@@ -9,6 +12,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +29,12 @@ PROGRAM, COMPILED, WEIGHTS = "program.pt2", "compiled.pt2", "weights.safetensors
 SERVING = "serving"
 """The folder in an export directory that services read."""
 DELTA, CHANGES = "delta.json", "changes.safetensors"
+Changes = Mapping[str, Tensor]
+"""The tensors of changes.safetensors.
+
+``moves/<kind of rows>``, int64 [runs, 2]: for all rows in order, (first row in the base, or -1 for new ones; number).
+``<file>/<tensor>/values``: the rows at the runs ``<file>/<tensor>/rows``, or the whole tensor.
+"""
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "I8": torch.int8,
     "U8": torch.uint8,
@@ -75,6 +85,155 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def checksum_of(files: Mapping[str, Any]) -> str:
     """The sha256 of the file list of a manifest: the digest of an export."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an export holds. Tensors are never changed in place: contents share them."""
+
+    facts: dict[str, Any]
+    """serving.json."""
+    tensors: dict[str, dict[str, Tensor]]
+    """File → name → tensor, of weights, tables and vocabulary."""
+    files: dict[str, Any]
+    """File → size and sha256, as in the manifest of the whole export."""
+    folders: tuple[Path, ...]
+    """The folders of the delta, of its base, of the base of that, …."""
+
+    @classmethod
+    def read(cls, folder: Path, files: Mapping[str, Any] | None = None, mapped: bool = False) -> Self:
+        """Read a whole export with these ``files``, which are verified; None: one that is being made."""
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        tensors = {
+            name: read_tensors(folder / name, mapped and name != WEIGHTS) for name in (WEIGHTS, TABLES, VOCABULARY)
+        }
+        return cls(facts, tensors, dict(files or {}), (folder,))
+
+    @property
+    def digest(self) -> str:
+        """Names the contents: the sha256 in the manifest of the whole export."""
+        return checksum_of(self.files)
+
+    def path_of(self, name: str) -> Path:
+        """The newest file of this name."""
+        return next((path for folder in self.folders if (path := folder / name).is_file()), self.folders[-1] / name)
+
+
+def read_contents(
+    directory: Path, known: Contents | None = None, mapped: bool = False, above: Sequence[Path] = ()
+) -> Contents:
+    """Read an export, or map its files. The base of a delta is ``known`` if it has the right digest, or is at its path.
+
+    ``above``: the folders of deltas that are based on it. Raises ServingError if a file of it, or of an export that it
+    is based on, is missing or damaged, or is another.
+    """
+    facts, files = read_directory(directory)
+    if DELTA not in files:
+        with fitting(directory):
+            return Contents.read(directory, files, mapped)
+    delta = json.loads((directory / DELTA).read_text(encoding="utf-8"))
+    if known is None or known.digest != delta["base"]:
+        known = _base_of(directory, delta, known, mapped, above)
+    with fitting(directory):
+        return _applied(known, directory, facts, delta)
+
+
+def digest_of(folder: Path) -> str:
+    """The digest of what an export holds, with its base if it is a delta. Files are not verified."""
+    delta = folder / DELTA
+    listed = json.loads((delta if delta.is_file() else folder / MANIFEST).read_text(encoding="utf-8"))
+    return checksum_of(listed["files"])
+
+
+def _base_of(
+    directory: Path, delta: Mapping[str, Any], known: Contents | None, mapped: bool, above: Sequence[Path]
+) -> Contents:
+    folder, wanted = (directory / delta["path"]).resolve(), delta["base"]
+    try:
+        if folder not in (above := [*above, directory.resolve()]):
+            base = read_contents(folder, known, mapped, above)
+            if base.digest == wanted:
+                return base
+        problem = f"the export at {folder} has {digest_of(folder)[:12]}"
+    except ServingError as error:
+        problem = str(error)
+    raise ServingError(
+        f"{directory} leads from the export with the digest {wanted[:12]} to {checksum_of(delta['files'])[:12]}, but "
+        f"{problem}. Put the export with {wanted[:12]} at {folder}, or make a whole export"
+    )
+
+
+def _applied(base: Contents, folder: Path, facts: dict[str, Any], delta: Mapping[str, Any]) -> Contents:
+    """What a delta makes of its base, beside it. Tensors without changes are shared."""
+    changes, tensors = read_tensors(folder / CHANGES), {WEIGHTS: read_tensors(folder / WEIGHTS)}
+    for file, rules in delta["tensors"].items():
+        old, made = base.tensors[file], tensors.setdefault(file, {})
+        for name, rule in rules.items():
+            if rule is None:
+                made[name] = old[name]
+                continue
+            runs, values = (changes.get(f"{file}/{name}/{part}") for part in ("rows", "values"))
+            rows = moved(name, rule, old, made, changes) if rule else changes[f"{file}/{name}/values"]
+            if runs is not None and values is not None:
+                rows = rows.index_copy_(0, rows_in(runs), values)
+            made[name] = torch.nn.functional.pad(rows.cumsum(0), (1, 0)) if name.endswith(".offsets") else rows
+    return Contents(facts, tensors, delta["files"], (folder, *base.folders))
+
+
+def moved(
+    name: str, rule: Mapping[str, str], base: Mapping[str, Tensor], made: Mapping[str, Tensor], changes: Changes
+) -> Tensor:
+    """The rows of a tensor as they follow from the base, in memory of their own.
+
+    ``base``, ``made``: tensors of a file of the base and of the result, where bounds come before what they bound.
+    """
+    rows, runs = in_rows(name, base[name]), changes[f"moves/{rule['rows']}"]
+    if "offsets" in rule:
+        runs = _of_elements(runs, base[rule["offsets"]], made[rule["offsets"]])
+    parts = [rows[at : at + n] if at >= 0 else rows.new_zeros(n, *rows.shape[1:]) for at, n in runs.tolist()]
+    rows = torch.cat([rows[:0], *parts])
+    if "values" in rule:
+        span, places = int(rule["span"]), new_rows(rows_in(changes[f"moves/{rule['values']}"]))
+        new = rows_at(places, (rows // span).clamp(max=len(places) - 1))
+        rows = torch.where(rows < 0, rows, new * span + rows % span)
+    return rows
+
+
+def _of_elements(runs: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """The runs of the elements of lists with bounds ``old`` and ``new``. Lists of another length count as new."""
+    lists = rows_in(runs)
+    runs = runs_of(lists.masked_fill((lists < 0) | (rows_at(old.diff(), lists) != new.diff()), -1))
+    ends = runs[:, 1].cumsum(0)
+    first = rows_at(old, runs[:, 0]).masked_fill(runs[:, 0] < 0, -1)
+    return torch.stack([first, new[ends] - new[ends - runs[:, 1]]], dim=1)
+
+
+def new_rows(source: Tensor) -> Tensor:
+    """New row of each row of the base, int64, -1 if it is gone. ``source``: base row of each new row, int64 [n]."""
+    kept = (source >= 0).nonzero()[:, 0]
+    found = source.new_full((int(source.max()) + 1 if len(kept) else 0,), -1)
+    return found.index_copy(0, source[kept], kept)
+
+
+def in_rows(name: str, tensor: Tensor) -> Tensor:
+    """A tensor with one row per id: for the bounds of lists, their lengths."""
+    return tensor.diff() if name.endswith(".offsets") else tensor
+
+
+def rows_in(runs: Tensor) -> Tensor:
+    """The numbers, int64 [n], of runs, int64 [runs, 2]: (first, or -1 for as many -1; count)."""
+    run, inside = run_indices(runs[:, 1])
+    first = runs[run, 0]
+    return torch.where(first < 0, first, first + inside)
+
+
+def runs_of(numbers: Tensor) -> Tensor:
+    """The inverse of ``rows_in``."""
+    before = numbers[:-1]
+    begins = numbers[1:] != torch.where(before < 0, before, before + 1)
+    starts = torch.nn.functional.pad(begins.nonzero()[:, 0] + 1, (1, 0))[: len(numbers)]
+    ends = torch.nn.functional.pad(starts[1:], (0, 1), value=len(numbers))[: len(starts)]
+    return torch.stack([numbers[starts], ends - starts], dim=1)
 
 
 def read_tensors(path: Path, mapped: bool = False) -> dict[str, Tensor]:
@@ -153,48 +312,37 @@ def run_indices(lengths: Tensor) -> tuple[Tensor, Tensor]:
     return run, torch.arange(len(run)) - (lengths.cumsum(0) - lengths)[run]
 
 
+@dataclass(eq=False)
 class Vocabulary:
-    """Maps the values of one feature to their indices, and to table rows.
+    """Maps the values of one feature to their indices, and to table rows."""
 
-    Args:
-        kind: "texts" and "numbers" have ascending ``values``; a "range" has the numbers 0 … size - 1; codes of a "time"
-            feature are computed from times; "raw" values are any int64, which the model reads unchanged.
-        size: number of values.
-        values: the texts, or the numbers, int64 [size].
-        rows: row of each value, int64 [size]. None: the index of the value.
-        missing: row for a missing value (None).
-        unknown: row for an unknown value; -1 gives zeros.
-        ranges: those of the texts that are ranges of numbers → the first number of each, ascending. A number has the
-            last range that does not begin after it, as in training; a smaller one has the first range.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        size: int,
-        values: list[str] | Tensor | None = None,
-        rows: Tensor | None = None,
-        missing: int = -1,
-        unknown: int = -1,
-        ranges: Mapping[str, float] | None = None,
-    ) -> None:
-        self.kind, self.size, self.missing, self.unknown = kind, size, missing, unknown
-        self._rows = rows
-        self.ranges = {name: float(first) for name, first in (ranges or {}).items()}
-        self.texts = values if isinstance(values, list) else []
-        self.numbers = values if isinstance(values, Tensor) else torch.empty(0, dtype=torch.int64)
+    kind: str
+    """ "texts" and "numbers" have ascending ``values``; a "range" has the numbers 0 … size - 1; codes of a "time"
+    feature are computed from times; "raw" values are any int64, which the model reads unchanged."""
+    size: int
+    values: Any = None
+    """The texts, a list, or the numbers, int64 [size]."""
+    row_of: Tensor | None = None
+    """Row of each value, int64 [size]. None: the index of the value."""
+    missing: int = -1
+    """Row for a missing value (None)."""
+    unknown: int = -1
+    """Row for an unknown value; -1 gives zeros."""
+    ranges: Mapping[str, float] = field(default_factory=dict)
+    """Those of the texts that are ranges of numbers → the first number of each, ascending. A number has the last range
+    that does not begin after it, as in training; a smaller one has the first range."""
 
     @classmethod
     def read(cls, stored: Mapping[str, Tensor], name: str, facts: Mapping[str, Any]) -> Self:
         """Create the vocabulary of an exported feature. ``facts``: entry of the feature in serving.json."""
         key, kind = f"ids.{name}", facts["kind"]
         values = texts_of(stored, key) if kind == "texts" else stored.get(key)
-        size = facts["size"] if values is None else len(values)
-        return cls(kind, size, values, stored.get(f"rows.{name}"), facts["missing"], ranges=facts.get("ranges"))
+        size, rows = facts["size"] if values is None else len(values), stored.get(f"rows.{name}")
+        return cls(kind, size, values, rows, facts["missing"], ranges=facts.get("ranges") or {})
 
     @cached_property
     def _places(self) -> dict[str, int]:
-        return {text: place for place, text in enumerate(self.texts)}
+        return {text: place for place, text in enumerate(self.values)}
 
     def _place(self, text: str) -> int:
         if self.ranges and text not in self._places and _NUMBER.fullmatch(text) and math.isfinite(float(text)):
@@ -216,8 +364,8 @@ class Vocabulary:
         if self.kind in ("range", "time"):
             found = wanted.masked_fill((wanted < 0) | (wanted >= self.size), -1)
         else:
-            found = torch.searchsorted(self.numbers, wanted).clamp_(max=len(self.numbers) - 1)
-            found = found.masked_fill_(rows_at(self.numbers, found) != wanted, -1)
+            found = torch.searchsorted(self.values, wanted).clamp_(max=self.size - 1)
+            found = found.masked_fill_(rows_at(self.values, found) != wanted, -1)
         return found if is_other is None else found.masked_fill_(is_other, -1)
 
     def rows(self, values: Sequence[Any]) -> Tensor:
@@ -232,14 +380,14 @@ class Vocabulary:
 
     def rows_of(self, places: Tensor) -> Tensor:
         """Row of each index, int64 [n]; ``unknown`` for a negative index."""
-        found = places if self._rows is None else rows_at(self._rows, places)
+        found = places if self.row_of is None else rows_at(self.row_of, places)
         return found.masked_fill(places < 0, self.unknown)
 
     def values_at(self, places: Tensor) -> list[Any]:
         """Values at the given indices, int64 [n]; for a "raw" feature the indices themselves."""
         if self.kind == "texts":
-            return [self.texts[place] for place in places.tolist()]
-        found: list[Any] = (self.numbers.index_select(0, places) if self.kind == "numbers" else places).tolist()
+            return [self.values[place] for place in places.tolist()]
+        found: list[Any] = (self.values.index_select(0, places) if self.kind == "numbers" else places).tolist()
         return found
 
 

@@ -13,9 +13,21 @@ import torch
 from torch import Tensor
 
 from .cache import Prefix, newest_changes
-from .delta import Contents, read_contents
 from .encode import Encoder, Events
-from .files import COMPILED, PROGRAM, TABLES, VOCABULARY, WEIGHTS, Vocabulary, fitting, rows_at, tables_of, texts_of
+from .files import (
+    COMPILED,
+    PROGRAM,
+    TABLES,
+    VOCABULARY,
+    WEIGHTS,
+    Contents,
+    Vocabulary,
+    fitting,
+    read_contents,
+    rows_at,
+    tables_of,
+    texts_of,
+)
 from .inputs import Query, Sequence_, inputs_of, num_tokens
 from .requests import Candidates, History, ServingError
 

@@ -3,15 +3,14 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from hstu.base.errors import DataError, printable
 from hstu.base.remote import local_export
 from hstu.serve import runtime
-from hstu.serve.runtime.delta import digest_of
-from hstu.serve.runtime.files import DELTA, FACTS, MANIFEST, SERVING
+from hstu.serve.runtime.files import DELTA, FACTS, MANIFEST, SERVING, digest_of
 
 from .batching import ModelMetrics
 from .model import ServedModel
@@ -98,23 +97,18 @@ class LiveModel:
         is_same, self._found = found == self._found, found  # the base of a delta may have come after it
         kept = [each for each in found if is_same or not (each.folder / DELTA).is_file()]
         self._bad = {each: reason for each, reason in self._bad.items() if each in kept}
-        is_swapped = any(self._try(each) for each in self._newer(found))
+        before = self._loaded
+        for each in found:  # older than the current model only if that one's folder is gone
+            if each not in (before, *self._bad):
+                self._try(each)
+            if self._loaded is not None and each.folder == self._loaded.folder:
+                break
         if self._items is not None and self._loaded is not None and self._items.refresh():
             self.current.catalog = self._items.catalog(self.current.model)
         self.metrics.refused.set(len(self._bad))
-        return is_swapped
+        return self._loaded != before
 
-    def _newer(self, found: list[Found]) -> Iterator[Found]:
-        """Exports to try, newest first: not refused, and newer than the current model unless its folder is gone."""
-        for each in found:
-            if each == self._loaded:
-                return
-            if each not in self._bad:
-                yield each
-            if self._loaded is not None and each.folder == self._loaded.folder:
-                return
-
-    def _try(self, found: Found) -> bool:
+    def _try(self, found: Found) -> None:
         """Serve this export. Its version in answers: folder name, "@", and the first 12 digits of its digest."""
         begun, current = time.monotonic(), None if self._loaded is None else self.current
         folder = found.folder.parent if found.folder.name == SERVING else found.folder
@@ -129,7 +123,7 @@ class LiveModel:
             reason = printable(f"{type(error).__name__}: {error}".split("\n")[0])
             self._bad = {**self._bad, found: reason}
             _log.warning("refused export=%s reason=%s", found.folder, reason)
-            return False
+            return
         if current is not None:
             model.set_recent(current.recent)
             self.metrics.swaps.inc()
@@ -137,4 +131,3 @@ class LiveModel:
         _log.info("serving model=%s task=%s load=%.1fs", version, model.task, time.monotonic() - begun)
         self.metrics.model.clear()
         self.metrics.model.labels(version, model.task).set(1)
-        return True

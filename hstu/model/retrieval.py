@@ -167,7 +167,7 @@ class RetrievalDense(nn.Module):
         if _has_batch_pool(batch):
             pool, ids = self._own_pool(items, embeddings, batch)
             largest = batch.negatives.largest_pool
-            pool, ids = self.gather_pool(pool, ids, len(ids) if largest is None else largest())
+            pool, ids = self.gather_pool(self._unit(pool), ids, len(ids) if largest is None else largest())
             parts.append((pool, ids))
             if draws is None:
                 repeats = ~first_occurrences(ids)
@@ -192,12 +192,12 @@ class RetrievalDense(nn.Module):
         return counted.masked_fill(repeats, -torch.inf)
 
     def _own_pool(self, items: Tensor, embeddings: Mapping[str, Tensor], batch: HSTUBatch) -> tuple[Tensor, Tensor]:
-        """Normalised vectors and ids of the distinct items of this rank's batch; ``batch`` may be a part of it."""
+        """Vectors and ids of the distinct items of this rank's batch; ``batch`` may be a part of it."""
         positions, ids = batch.negatives.pool_positions, batch.negatives.pool_ids
         if ids is not None:
-            return self._unit(self._vectors(embeddings, batch, POOL)), ids
+            return self._vectors(embeddings, batch, POOL), ids
         assert positions is not None
-        return self._unit(items.index_select(0, positions)), batch.features[self.item_feature].values()[positions]
+        return items.index_select(0, positions), batch.features[self.item_feature].values()[positions]
 
     def _vectors(self, embeddings: Mapping[str, Tensor], batch: HSTUBatch, key: str) -> Tensor:
         """Vectors of the items under ``key`` (the item feature, NEGATIVES or POOL), not normalised."""

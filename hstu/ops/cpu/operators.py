@@ -3,6 +3,7 @@
 import ctypes
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from hstu.ops import row_update
 from hstu.ops.cpu import attention, norm_mul_dropout, softmax_loss
 from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library, pointer
 from hstu.ops.kernels import AttentionKernels, GateKernels
+from hstu.ops.pytorch.softmax_loss import pool_softmax_loss
 from hstu.ops.row_update import RowUpdate
 
 _OPTIMIZERS = ("sgd", "adagrad", "adam", "partial_rowwise_adam")  # in the order of HstuRowOptimizer of csrc/rows.cpp
@@ -59,7 +61,7 @@ OPERATORS: dict[str, Any] = {
     "attention": AttentionKernels(attention.forward, attention.backward, differentiates_silu=False, serves_ranges=True),
     "norm_mul_dropout": GateKernels(norm_mul_dropout.forward, norm_mul_dropout.backward, differentiates_silu=False),
     "sampled_softmax_loss": softmax_loss.sampled_softmax_loss,
-    "pool_softmax_loss": softmax_loss.pool_softmax_loss,
+    "pool_softmax_loss": partial(pool_softmax_loss, softmax_loss.in_blocks),
     "l2_normalize": softmax_loss.l2_normalize,
     "update_rows": update_rows,
 }

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library, pointer
 from hstu.ops.kernels import Loss, Negatives
 from hstu.ops.pytorch import softmax_loss
-from hstu.ops.pytorch.softmax_loss import first_indices, in_blocks
+from hstu.ops.pytorch.softmax_loss import first_indices
 
 DRAWS_PER_PACKED_ROW = 8
 """From this many draws per row of the pool, copying its rows to aligned memory pays."""
@@ -90,11 +90,11 @@ class _PoolArguments(Arguments):
     )
 
 
-def pool_softmax_loss(vectors: Sequence[Tensor], negatives: Negatives, wants_gradients: bool) -> Loss:
-    """Softmax against the whole pool: products by PyTorch, the rest by C++. In float64 PyTorch computes everything."""
+def in_blocks(vectors: Sequence[Tensor], negatives: Negatives) -> softmax_loss.InBlocks:
+    """Products by PyTorch, the rest by C++. In float64 PyTorch computes everything."""
     queries, _, pool = vectors
     if queries.dtype == torch.float64:
-        return softmax_loss.pool_softmax_loss(vectors, negatives, wants_gradients)
+        return softmax_loss.in_blocks(vectors, negatives)
     log_weights, seen = negatives.log_weights, negatives.seen
     if seen is None:
         keys, marks = _as_int32(negatives.pool_ids, negatives.target_ids)
@@ -114,8 +114,7 @@ def pool_softmax_loss(vectors: Sequence[Tensor], negatives: Negatives, wants_gra
     kept_rows = max(POOL_KEPT_ROWS, queries.shape[1])
     least_rows = kept_rows if kept_rows * len(pool) <= POOL_KEPT_ELEMENTS else POOL_BLOCK_ROWS
     shape = softmax_loss.block_shape(len(queries), len(pool), POOL_BLOCK_ELEMENTS, least_rows)
-    blocks = *shape, POOL_KEPT_ELEMENTS
-    return in_blocks(vectors, negatives.temperature, exponentials, blocks, wants_gradients)
+    return exponentials, (*shape, POOL_KEPT_ELEMENTS)
 
 
 def _as_int32(pool_ids: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:

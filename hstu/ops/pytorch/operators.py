@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -176,7 +176,7 @@ REFERENCE_KERNELS = kernels.Kernels(
     norm_mul_dropout=kernels.GateKernels(gate_forward, gate_backward),
     sampled_softmax_loss=softmax_loss.sampled_softmax_loss,
     l2_normalize=softmax_loss.l2_normalize,
-    pool_softmax_loss=softmax_loss.pool_softmax_loss,
+    pool_softmax_loss=partial(softmax_loss.pool_softmax_loss, softmax_loss.in_blocks),
     jagged_concat=jagged_concat,
     add_positions=add_positions,
     update_rows=update_rows,

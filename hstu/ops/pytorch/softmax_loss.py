@@ -30,10 +30,12 @@ Exponentials = Callable[[Tensor, slice, slice, Tensor, Tensor], None]
 Raises the peaks to about the largest visible score. Replaces scores by exponentials relative to them, 0 if hidden.
 Adds their sums to the totals, and rescales these to the new peaks.
 """
+InBlocks = tuple[Exponentials, tuple[int, int, int]]
+"""How to compute the scores of a pool block by block: rows and columns of a block, and the most scores kept."""
 
 
-def pool_softmax_loss(vectors: Sequence[Tensor], negatives: Negatives, wants_gradients: bool) -> Loss:
-    """Softmax against the whole pool, block by block."""
+def in_blocks(vectors: Sequence[Tensor], negatives: Negatives) -> InBlocks:
+    """By PyTorch."""
     (queries, _, pool), seen = vectors, negatives.seen
 
     def exponentials(scores: Tensor, rows: slice, columns: slice, peaks: Tensor, totals: Tensor) -> None:
@@ -49,28 +51,23 @@ def pool_softmax_loss(vectors: Sequence[Tensor], negatives: Negatives, wants_gra
         totals.mul_(old_peaks.sub_(peaks).exp_()).add_(scores.sum(dim=1))
 
     elements = BLOCK_ELEMENTS.get(queries.device.type, BLOCK_ELEMENTS["cuda"])
-    blocks = *block_shape(len(queries), len(pool), elements), elements
-    return in_blocks(vectors, negatives.temperature, exponentials, blocks, wants_gradients)
+    return exponentials, (*block_shape(len(queries), len(pool), elements), elements)
 
 
-def in_blocks(
+def pool_softmax_loss(
+    blocks_of: Callable[[Sequence[Tensor], Negatives], InBlocks],
     vectors: Sequence[Tensor],
-    temperature: float,
-    exponentials: Exponentials,
-    blocks: tuple[int, int, int],
+    negatives: Negatives,
     wants_gradients: bool,
 ) -> Loss:
-    """Loss against a whole pool. vectors: queries, positives, pool.
-
-    blocks: rows and columns of a block, and the most scores kept. The gradient of the pool needs the totals of rows, so
-    it takes a second pass over their blocks, which are computed again if they are too large to be kept.
-    """
-    queries, positives, pool = vectors
+    """Softmax against the whole pool. The gradient of the pool needs the totals of rows, so it takes a second pass over
+    their blocks, which are computed again if they are too large to be kept."""
+    exponentials, (block_rows, block_columns, most_kept) = blocks_of(vectors, negatives)
+    (queries, positives, pool), temperature = vectors, negatives.temperature
     positive_logits = (queries * positives).sum(dim=1) / temperature
     losses = torch.empty_like(positive_logits)
     grad_queries, grad_pool = torch.zeros_like(queries), torch.zeros_like(pool)
     scaled_queries = queries / temperature
-    block_rows, block_columns, most_kept = blocks
     keeps = wants_gradients and block_rows * len(pool) <= most_kept
     memory = _memory_of_scores(queries, block_rows * (len(pool) if keeps else block_columns))
 

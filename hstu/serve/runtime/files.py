@@ -363,6 +363,8 @@ class Vocabulary:
         wanted, is_other = _as_int64s(values)
         if self.kind in ("range", "time"):
             found = wanted.masked_fill((wanted < 0) | (wanted >= self.size), -1)
+        elif self.kind == "raw":  # its values are not numbered
+            found = torch.full_like(wanted, -1)
         else:
             found = torch.searchsorted(self.values, wanted).clamp_(max=self.size - 1)
             found = found.masked_fill_(rows_at(self.values, found) != wanted, -1)

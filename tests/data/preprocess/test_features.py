@@ -190,7 +190,7 @@ def test_a_run_stopped_after_any_stage_ends_with_the_same_bytes(
     expected = contents(make(tmp_path / "a", **options).path)
     monkeypatch.setattr(write, "_SORT_BYTES_PER_ROW", 4 * 10**9 // 2)  # a bucket of two events
     found, stages = stopped_after_each_stage(monkeypatch, lambda: make(tmp_path / "a", force=True, **options))
-    assert {"item_table", "typed", "vocabulary_e0", "ranges e1", "bucket 1"} <= set(stages)
+    assert {"item_table", "typed", "vocabulary_e0", "ranges e1", "events from 1"} <= set(stages)
     assert contents(found.path) == expected
 
 

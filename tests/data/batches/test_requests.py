@@ -138,7 +138,7 @@ def test_a_run_of_small_buckets_stopped_after_any_stage_ends_with_the_same_bytes
     monkeypatch.setattr(write_module, "_SORT_BYTES_PER_ROW", 2 * 10**9)
     monkeypatch.setattr("hstu.data.preprocess.write.ROWS_PER_CHUNK", 1)
     found, stages = stopped_after_each_stage(monkeypatch, lambda: make(tmp_path, force=True))
-    assert {"requests", "request buckets", "request bucket 1"} <= set(stages)
+    assert {"requests", "buckets of candidates", "candidates from 1"} <= set(stages)
     assert contents(found.path) == whole
 
 

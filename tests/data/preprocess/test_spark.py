@@ -275,5 +275,5 @@ def test_stopped_in_each_stage_it_goes_on_and_ends_with_the_same_bytes(
     whole = contents(kuairand_with_requests(tmp_path, 3000))
     make = partial(kuairand_with_requests, tmp_path, 3000, store="spark", engine="spark")
     made, stages = stopped_after_each_stage(monkeypatch, make)
-    assert {"typed", "vocabulary_i1", "ranges e1", "bucket 0", "request bucket 0"} <= set(stages)
+    assert {"typed", "vocabulary_i1", "ranges e1", "events from 0", "candidates from 0"} <= set(stages)
     assert contents(made) == whole

@@ -26,7 +26,7 @@ from torch import Tensor
 from hstu.base.errors import ConfigError, DataError, printable
 from hstu.base.files import sha256
 from hstu.checkpoint.dynamic import read_tables
-from hstu.checkpoint.tensors import TABLES, open_tensors
+from hstu.checkpoint.tensors import TABLES, StoredTensors
 from hstu.config.args import Task
 from hstu.config.gin_io import read_and_check
 from hstu.config.problems import literal
@@ -124,7 +124,7 @@ class TrainedModel(LoadedModel):
 
     def tables(self) -> dict[str, Table]:
         """Read all embedding tables from the checkpoint. Returns table name → table."""
-        tensors, dynamic = open_tensors(self.checkpoint), read_tables(self.checkpoint)
+        tensors, dynamic = StoredTensors(self.checkpoint), read_tables(self.checkpoint)
         tables = {name: merged(parts) for name, parts in dynamic.items()}
         static = (name.removeprefix(TABLES) for name in tensors.sizes if name.startswith(TABLES))
         return {name: Table(None, tensors.read_whole(TABLES + name)) for name in static} | {

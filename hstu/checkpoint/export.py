@@ -23,9 +23,9 @@ from hstu.checkpoint.tensors import (
     CONSOLIDATED,
     EXPORT_VERSION,
     STATES,
+    StoredTensors,
     is_export,
     join_name,
-    open_tensors,
     read_metadata,
     sizes_of_ranks,
     split_name,
@@ -90,7 +90,7 @@ def _write(checkpoint: Path, temporary: Path) -> None:
 
 
 def _write_tensors(checkpoint: Path, dynamic: dict[str, list[TableContent]], path: Path) -> dict[str, Any]:
-    stored = open_tensors(checkpoint)
+    stored = StoredTensors(checkpoint)
     weights = [name for name in stored.sizes if not split_name(name)[1]]
     sources = {name: join_name(name, AVERAGE) for name in weights}
     sources = {name: average if average in stored.sizes else name for name, average in sources.items()}
@@ -135,7 +135,7 @@ def create_safetensors(path: Path, tensors: Mapping[str, tuple[torch.Size, torch
 
 def describe(root: Path, with_optimizer: bool = False) -> Iterator[str]:
     """Describe the run, the tensors with their sizes, and the files. ``with_optimizer``: list each optimizer state."""
-    files, tensors = read_manifest(root), open_tensors(root)
+    files, tensors = read_manifest(root), StoredTensors(root)
     bytes_of = {name: math.prod(size) * tensors.dtypes[name].itemsize for name, size in tensors.sizes.items()}
     yield f"{'export' if is_export(root) else 'checkpoint'} {root}"
     for name, value in _facts(root).items():

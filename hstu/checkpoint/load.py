@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,6 @@ from hstu.checkpoint.tensors import (
     STATES,
     TABLES,
     StoredTensors,
-    open_tensors,
     read_metadata,
     sizes_of_ranks,
     split_name,
@@ -68,7 +68,7 @@ def load(
     )
     if options.zero_new_rows:
         _zero_tables(match, state)
-    collective_io(lambda: _read_tensors(open_tensors(root), match, state, mesh), mesh)
+    collective_io(lambda: _read_tensors(StoredTensors(root), match, state, mesh), mesh)
     dynamic = collective_io(lambda: _read_dynamic(root, state, mesh, options, remaps), mesh)
     rows = "zeros" if options.zero_new_rows else "as initialised"
     new_rows = [
@@ -115,12 +115,13 @@ def match_checkpoint(
         raise DataError(
             f"{root} holds only weights. Set TrainerArgs.ckpt_load_optimizer = False to start from them at iteration 0."
         )
-    stored_sizes, remaps = open_tensors(root).sizes, _remaps(root, options, specs, raw_ids)
-    own_tables = [f"{TABLES}{spec.name}" for spec in specs]
-    stored_tables = [f"{TABLES}{name}" for name in read_metadata(root).get("tables", {})]
-    if mistakes := options.param_map.problems([*sizes, *own_tables], [*stored_sizes, *stored_tables]):
+    stored, stored_tables = StoredTensors(root), read_metadata(root).get("tables", {})
+    remaps = _remaps(stored, stored_tables, options, specs, raw_ids)
+    own_names = [f"{TABLES}{spec.name}" for spec in specs]
+    stored_names = [f"{TABLES}{name}" for name in stored_tables]
+    if mistakes := options.param_map.problems([*sizes, *own_names], [*stored.sizes, *stored_names]):
         raise DataError(_message(root, mistakes, [], "Correct the file."))
-    match = match_tensors(sizes, stored_sizes, options, remaps)
+    match = match_tensors(sizes, stored.sizes, options, remaps)
     stored_gin = verified_file(root, GIN).read_text(encoding="utf-8")
     differences = config_differences(stored_gin, gin) if gin else []
     problems = match.problems(options.accepts_new_rows)
@@ -135,9 +136,15 @@ def match_checkpoint(
     return match, differences, remaps
 
 
-def _remaps(root: Path, options: LoadOptions, specs: Sequence[TableSpec], raw_ids: RawIds) -> dict[str, RowRemap]:
+def _remaps(
+    tensors: StoredTensors,
+    stored_tables: Mapping[str, Any],
+    options: LoadOptions,
+    specs: Sequence[TableSpec],
+    raw_ids: RawIds,
+) -> dict[str, RowRemap]:
     """Return table weight → remap, for tables whose rows have other raw ids in the checkpoint."""
-    tensors, stored_tables, remaps = open_tensors(root), read_metadata(root).get("tables", {}), {}
+    remaps = {}
     for table in specs:
         is_dynamic = table.dynamic is not None
         features = [feature for feature in table.features if not is_of_negatives(feature)]

@@ -122,9 +122,6 @@ class StoredTensors:
         return tensor
 
 
-open_tensors = StoredTensors
-
-
 def is_export(root: Path) -> bool:
     """Return whether a directory is an export rather than a checkpoint."""
     return bool(listed_files(root, CONSOLIDATED))

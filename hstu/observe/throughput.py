@@ -214,7 +214,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     left = torch.ones(size, size, device=device, dtype=dtype)
     timer = Timer("left @ left", globals={"left": left}, num_threads=torch.get_num_threads())
-    return 2.0 * size**3 / min(timer.blocked_autorange(min_run_time=0.3).times) / 1e12
+    return 2.0 * size**3 / min(timer.blocked_autorange(min_run_time=0.1).times) / 1e12
 
 
 class Profiler(ExitStack):

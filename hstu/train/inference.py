@@ -14,7 +14,7 @@ from hstu.base.ids import codes_of
 from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.state import TrainState
-from hstu.checkpoint.tensors import AVERAGE, TABLES, join_name, open_tensors, read_metadata
+from hstu.checkpoint.tensors import AVERAGE, TABLES, StoredTensors, join_name, read_metadata
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import ItemFeatures, is_of_negatives
@@ -62,7 +62,7 @@ class InferenceSource(StoreSource):
         """Model ids, or rows of users, that a checkpoint has no row for; int64 [n]. None: it stores no ids of them."""
         if feature == USER_FEATURE and self.eval_store is not self.store:
             return None
-        if (stored := RawIds.from_stored(open_tensors(checkpoint), [feature]).decoded(feature)) is not None:
+        if (stored := RawIds.from_stored(StoredTensors(checkpoint), [feature]).decoded(feature)) is not None:
             return np.flatnonzero(codes_of(self.store.raw_ids(feature), stored) < 0)
         if feature not in self.raw_features:
             return None
@@ -95,7 +95,7 @@ class StoredSource(BatchSource):
         self.cardinalities = facts["cardinalities"]
         self.raw_features = tuple(facts["raw"])
         self.ranges = facts.get("ranges", {})
-        self.raw_ids = RawIds.from_stored(open_tensors(checkpoint), self.roles.names)
+        self.raw_ids = RawIds.from_stored(StoredTensors(checkpoint), self.roles.names)
         dynamic = read_tables(checkpoint)
         tables = [
             (DynamicEmbeddingArgs if name in dynamic else EmbeddingArgs)(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from hstu.checkpoint.tensors import load_safetensors, open_tensors
+from hstu.checkpoint.tensors import StoredTensors, load_safetensors
 from hstu.config.cli import parse_time
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
@@ -126,7 +126,7 @@ def test_an_export_is_not_overwritten_and_not_made_from_a_damaged_checkpoint(
 
 
 def test_without_averages_the_weights_are_exported(trained: Path, exported: Path) -> None:
-    stored = open_tensors(trained / "checkpoints" / LAST)
+    stored = StoredTensors(trained / "checkpoints" / LAST)
     for name, tensor in load_safetensors(exported / "model.safetensors").items():
         assert tensor.tolist() == stored.read_whole(name).tolist()
 

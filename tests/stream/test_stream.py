@@ -19,7 +19,7 @@ from confluent_kafka import Producer
 
 from hstu.base.errors import DataError
 from hstu.checkpoint.find import locate
-from hstu.checkpoint.tensors import open_tensors
+from hstu.checkpoint.tensors import StoredTensors
 from hstu.config.args import DatasetArgs
 from hstu.data.sampling.samples import build_samples
 from hstu.data.sampling.splits import Period
@@ -74,7 +74,7 @@ def start(folder: Path, run: str, train_on: str) -> subprocess.Popen[bytes]:
 def outcome(run: Path) -> dict[str, Any]:
     results = [json.loads(file.read_text()) for file in sorted((run / "parts").glob("*/result.json"))]
     kept = ("name", "events", "users", "items", "new", "evaluation", "frozen", "popular")
-    stored = open_tensors(locate(run / "checkpoints"))
+    stored = StoredTensors(locate(run / "checkpoints"))
     tensors = {name: stored.read_whole(name).numpy().tobytes() for name in stored.sizes}
     return {"results": [{key: each.get(key) for key in kept} for each in results], "tensors": tensors}
 

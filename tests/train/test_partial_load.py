@@ -12,7 +12,7 @@ from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
-from hstu.checkpoint.tensors import open_tensors
+from hstu.checkpoint.tensors import StoredTensors
 from hstu.config.option import options_of
 from hstu.config.rules import validate
 from hstu.config.run_config import RunConfig
@@ -268,11 +268,11 @@ def test_averages_are_what_an_export_has_and_what_another_run_begins_with(mesh: 
     run(tiny_config("retrieval", store, tmp_path / "first", trainer=SAVING, **options), mesh)
     checkpoint = locate(str(tmp_path / "first" / "checkpoints"))
     weight, average = "model.tables.action_table", "optimizer.tables.action_table.average"
-    stored = open_tensors(checkpoint)
+    stored = StoredTensors(checkpoint)
     kept, averaged = stored.read_whole(weight), stored.read_whole(average)
     assert not torch.equal(kept, averaged)
     exported = export(checkpoint, tmp_path / "exported")
-    assert torch.equal(open_tensors(exported).read_whole(weight), averaged)
+    assert torch.equal(StoredTensors(exported).read_whole(weight), averaged)
 
     def begun(name: str, source: Path, **options: Any) -> dict[str, Any]:
         trainer = {"ckpt_load_dir": str(source), "ckpt_load_optimizer": False}

@@ -172,7 +172,7 @@ class Batcher:
         return found
 
     async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function between two batches."""
+        """Call a function between two batches of the thread. Queries in the event loop do not wait for it."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def _run(self) -> None:

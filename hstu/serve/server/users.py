@@ -28,7 +28,7 @@ _HALF_LIFE_S, _COUNT_S = 86_400, 60
 _MOST_ITEMS, _MOST_CONTEXTS, _MOST_ITEMS_OF_CONTEXT = 100_000, 200, 1_000
 """Of the counts of new events: those with the most events are kept."""
 _no_counts = partial(defaultdict[str, defaultdict[str, float]], partial(defaultdict[str, float], float))
-_KEEPS_NONE = "this server keeps no users; give items in the request, or start it with --users FILE"
+_KEEPS_NONE = "this server keeps no users; start it with --users FILE"
 
 
 class StoreError(Exception):
@@ -289,7 +289,7 @@ class Users:
             return found
         try:
             if self._store is None:
-                raise ServingError(_KEEPS_NONE)
+                raise ServingError("the request has no items, and this server keeps no users; give items")
             texts = self._store.read([_stored_id(requests[place].user) for place in places])
         except (ServingError, StoreError) as error:
             return [each if each.items is not None else error for each in requests]
@@ -312,6 +312,8 @@ class Users:
 
     def stored(self, user: str, served: ServedModel) -> Answer:
         """The events of a user, in the fields of a request, and the titles of the items. Raises as ``filled``."""
+        if self._store is None:
+            raise ServingError(_KEEPS_NONE)
         (found,) = self.filled([User.model_construct(user=user)], served)
         if isinstance(found, Exception):
             raise found

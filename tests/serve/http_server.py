@@ -131,11 +131,12 @@ def started(folder: Path | str, *options: str, log: list[str] | None = None) -> 
     command = [sys.executable, "scripts/serve.py", "--export", str(folder), "--port", "0", *options]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert server.stderr is not None
+    log = [] if log is None else log
     for line in server.stderr:
-        (log if log is not None else []).append(line)
+        log.append(line)
         if found := re.search(r"listening url=http://127.0.0.1:(\d+)", line):
             return server, int(found[1])
-    raise AssertionError(f"the server has ended: {server.wait()}")
+    raise AssertionError(f"the server has ended with exit code {server.wait()}: {''.join(log)}")
 
 
 def until(is_true: Any, limit_s: float = 30) -> None:

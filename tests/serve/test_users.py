@@ -7,7 +7,7 @@ import random
 import signal
 import sqlite3
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from time import time as clock
 from typing import Any
@@ -310,6 +310,18 @@ def test_a_place_that_is_no_store_is_refused_at_start(place: str, tmp_path: Path
     (tmp_path / "text").write_text("no database" * 100)
     with pytest.raises(ConfigError, match="Give a file, which is created"):
         open_store(place if ":" in place else str(tmp_path / place))
+
+
+def test_servers_that_make_one_store_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    place = str(tmp_path / "users.db")
+    other = sqlite3.connect(place, isolation_level=None)
+    other.execute("CREATE TABLE it_is_making (a)")
+    other.execute("BEGIN IMMEDIATE")
+    with ThreadPoolExecutor(1) as pool:
+        opened = pool.submit(open_store, place)
+        assert wait([opened], timeout=0.2).not_done
+        other.execute("COMMIT")
+        opened.result().close()
 
 
 def test_a_server_that_is_killed_has_lost_no_event_that_it_confirmed(retrieval: Served, tmp_path: Path) -> None:

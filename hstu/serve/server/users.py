@@ -24,6 +24,8 @@ Change = Callable[[dict[bytes, str | None]], Mapping[bytes, str | None]]
 between."""
 _POSITION, _RECENT = b"\xffposition:", b"\xffpopular"
 """Keys of the store that no user has, because ids are UTF-8."""
+_WAIT_S = 30
+"""How long SQLite waits for another server's transaction."""
 _HALF_LIFE_S, _COUNT_S = 86_400, 60
 _MOST_ITEMS, _MOST_CONTEXTS, _MOST_ITEMS_OF_CONTEXT = 100_000, 200, 1_000
 """Of the counts of new events: those with the most events are kept."""
@@ -54,9 +56,9 @@ class SqliteStore:
     def __init__(self, path: str) -> None:
         with _failures(sqlite3.Error):
             self._reader, self._writer = (
-                sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False) for _ in range(2)
+                sqlite3.connect(path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False) for _ in range(2)
             )
-            self._writer.execute("PRAGMA journal_mode = WAL")  # reads need not wait for writes
+            _use_write_ahead_log(self._writer)  # reads need not wait for writes
             self._writer.execute("PRAGMA synchronous = FULL")
             self._writer.execute("CREATE TABLE IF NOT EXISTS hstu_users (user BLOB PRIMARY KEY, events TEXT NOT NULL)")
 
@@ -81,6 +83,18 @@ class SqliteStore:
         """Release the file."""
         self._reader.close()
         self._writer.close()
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    end = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:  # here SQLite does not wait for another server that does the same
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+            time.sleep(0.01)
 
 
 def _events_in(connection: sqlite3.Connection, user: bytes) -> str | None:

@@ -231,7 +231,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -
     raw = generate(tmp_path / "raw", 60_000, "pure")
     command = [sys.executable, str(SCRIPT), "--dataset_name", "kuairand-pure", "--raw_path", str(raw)]
     journal = tmp_path / ".s.partial" / "scratch" / "journal.json"
-    for number, stage in ((signal.SIGKILL, "users"), (signal.SIGTERM, "values_of_c1")):
+    for number, stage in ((signal.SIGKILL, "users"), (signal.SIGTERM, "user_values_of_table")):
         told = (tmp_path / "told.txt").open("w+")
         process = subprocess.Popen([*command, "--output", "s", "--engine", "spark"], cwd=tmp_path, stderr=told)
         until(lambda stage=stage: journal.exists() and f'"{stage}"' in journal.read_text(), 400)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
@@ -33,16 +33,61 @@ from hstu.base.errors import EXIT_DONE
 from hstu.base.files import replace_text, written_aside
 from hstu.base.times import as_date
 from hstu.config.cli import check_new, parse_time, tool
-from hstu.data.sampling.splits import Period
+from hstu.data.sampling.splits import Period, Split
 from hstu.observe.logging import progress_log, quiet_libraries
 from hstu.serve.command import add_model_arguments, load_model, require_model
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.predict import choose_split, evaluate_split
+from hstu.serve.predict import Evaluation, choose_split, evaluate_split
+
+
+class Results(NamedTuple):
+    """What is reported of an evaluation. All ranks take part in computing it."""
+
+    metrics: dict[str, float]
+    users: int
+    predictions: int
+    by_gap: dict[str, tuple[int, dict[str, float]]]
+    new: dict[str, tuple[int, int]]
+    """Of a period: "new_users" and "new_items" → (number of them, number of their predictions)."""
+    half_widths: dict[str, float]
 
 
 @tool
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
+    options, period = _parse(arguments)
+    quiet_libraries()
+    loaded = load_model(LoadedModel, options)
+    if loaded.mesh.is_main:
+        progress_log.setLevel(logging.INFO)
+        progress_log.propagate = False  # libraries have given the root logger a handler
+        progress_log.addHandler(logging.StreamHandler())
+    split = period or choose_split(loaded.with_data(), options.split)
+    metrics = [name for name in options.metrics.split(",") if name] if options.metrics else None
+    evaluation = evaluate_split(loaded, split, metrics)
+    results = Results(
+        evaluation.metrics(),
+        *evaluation.counts(),
+        evaluation.by_gap(loaded),
+        evaluation.new_counts() if period else {},
+        evaluation.half_widths() if options.output else {},
+    )
+    rows = evaluation.rows(loaded) if options.per_user else None
+    if not loaded.mesh.is_main:
+        return EXIT_DONE
+    _print(loaded, split, evaluation, results)
+    if rows is not None:
+        with written_aside(options.per_user) as aside:
+            write = pq.write_table if options.per_user.suffix == ".parquet" else write_csv
+            write(rows, aside)
+    if options.output:
+        document = _document(loaded, split, evaluation, results)
+        replace_text(options.output, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    return EXIT_DONE
+
+
+def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Period | None]:
+    """The arguments, and the period that they name. Exits with a usage error if they are wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.add_argument("--split", help="valid or test; default: the last that the run evaluates")
@@ -69,61 +114,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--per_user takes the name of a .parquet or .csv file")
     for path in filter(None, (options.output, options.per_user)):
         check_new(path)
-    quiet_libraries()
-    loaded = load_model(LoadedModel, options)
-    if loaded.mesh.is_main:
-        progress_log.setLevel(logging.INFO)
-        progress_log.propagate = False  # libraries have given the root logger a handler
-        progress_log.addHandler(logging.StreamHandler())
-    split = period or choose_split(loaded.with_data(), options.split)
-    metrics = [name for name in options.metrics.split(",") if name] if options.metrics else None
-    evaluation = evaluate_split(loaded, split, metrics)
-    found, (users, predictions) = evaluation.metrics(), evaluation.counts()
-    groups, new = evaluation.by_gap(loaded), evaluation.new_counts() if period else {}
-    rows = evaluation.rows(loaded) if options.per_user else None
-    halves = evaluation.half_widths() if options.output else {}
-    if not loaded.mesh.is_main:
-        return EXIT_DONE
+    return options, period
+
+
+def _print(loaded: LoadedModel, split: Split | Period, evaluation: Evaluation, results: Results) -> None:
     data = loaded.with_data().eval_store.path
     seen = ", without the items that a user had before (filter_seen)" if loaded.leaves_out_seen else ""
-    print(f"{loaded.checkpoint}\n{split} of {data}: {users:,} users, {predictions:,} predictions{seen}\n")
+    print(
+        f"{loaded.checkpoint}\n{split} of {data}: {results.users:,} users, {results.predictions:,} predictions{seen}\n"
+    )
     if evaluation.held_out is not None:
-        skipped = evaluation.held_out - evaluation.not_drawn - predictions
+        skipped = evaluation.held_out - evaluation.not_drawn - results.predictions
         why = "no event before" if loaded.dataset.same_second_targets else "none before, or one in the same second"
         print(f"{evaluation.held_out:,} events, {skipped:,} of them not predicted: {why}")
-        if period and period.most is not None:
+        if isinstance(split, Period) and split.most is not None:
             print(f"{evaluation.not_drawn:,} more are not among those that were drawn")
-        for name, (count, of_new) in new.items():
+        for name, (count, of_new) in results.new.items():
             print(f"{count:,} {name.replace('_', ' ')}, {of_new:,} predictions")
         print()
-    print(tabulate(found.items(), headers=("metric", "value"), tablefmt="plain", floatfmt=".4f"))
-    if groups:
-        kinds = [*dict.fromkeys(name.partition("/")[0] for name in found)][:2]
-        shown = [name for name in found if name.partition("/")[0] in kinds and "/new_" not in name]
-        lines = [(name, count, *(values[each] for each in shown)) for name, (count, values) in groups.items()]
+    print(tabulate(results.metrics.items(), headers=("metric", "value"), tablefmt="plain", floatfmt=".4f"))
+    if results.by_gap:
+        kinds = [*dict.fromkeys(name.partition("/")[0] for name in results.metrics)][:2]
+        shown = [name for name in results.metrics if name.partition("/")[0] in kinds and "/new_" not in name]
+        lines = [(name, count, *(values[each] for each in shown)) for name, (count, values) in results.by_gap.items()]
         print("\nBy the time since the event before:\n")
         print(tabulate(lines, headers=("gap", "targets", *shown), tablefmt="plain", floatfmt=".4f"))
-    if rows is not None:
-        with written_aside(options.per_user) as aside:
-            write = pq.write_table if options.per_user.suffix == ".parquet" else write_csv
-            write(rows, aside)
-    if options.output:
-        evaluated: dict[str, Any] = {"split": split, "half_widths": halves}
-        if period:
-            counts = {name: {"count": count, "predictions": of_new} for name, (count, of_new) in new.items()}
-            evaluated = {"period": asdict(period), "events": evaluation.held_out, "new": counts, "half_widths": halves}
-        document = {
-            "checkpoint": str(loaded.checkpoint),
-            "model": loaded.version,
-            "data": str(data),
-            **evaluated,
-            "users": users,
-            "predictions": predictions,
-            "metrics": {name: value if math.isfinite(value) else None for name, value in found.items()},
-            "by_gap": {name: {"targets": count, "metrics": values} for name, (count, values) in groups.items()},
-        }
-        replace_text(options.output, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    return EXIT_DONE
+
+
+def _document(loaded: LoadedModel, split: Split | Period, evaluation: Evaluation, results: Results) -> dict[str, Any]:
+    """The content of --output."""
+    evaluated: dict[str, Any] = {"split": split}
+    if isinstance(split, Period):
+        counts = {name: {"count": count, "predictions": of_new} for name, (count, of_new) in results.new.items()}
+        evaluated = {"period": asdict(split), "events": evaluation.held_out, "new": counts}
+    return {
+        "checkpoint": str(loaded.checkpoint),
+        "model": loaded.version,
+        "data": str(loaded.with_data().eval_store.path),
+        **evaluated,
+        "half_widths": results.half_widths,
+        "users": results.users,
+        "predictions": results.predictions,
+        "metrics": {name: value if math.isfinite(value) else None for name, value in results.metrics.items()},
+        "by_gap": {name: {"targets": count, "metrics": values} for name, (count, values) in results.by_gap.items()},
+    }
 
 
 def _period(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Period | None:

@@ -1,6 +1,6 @@
 """Which features of the data a model reads, in which roles, and with which codes and tables."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -79,9 +79,6 @@ def resolve_roles(
     """The features that ``args`` and ``tasks`` name, or the store's. With ``item_tower``, features of items also form
     item vectors. Raises ConfigError, which lists the features that the store lacks."""
     side = tuple(args.side_feature_names)
-    of_items = (*store.item_side_features, *store.item_number_features)
-    stored = (*store.event_features, *store.event_number_features)
-    of_events = (*stored, *store.time_features)
     known = {name: store.features[name] for name in side if name in store.features}
     numbers = tuple(name for name, feature in known.items() if feature.role in NUMBER_ROLES)
     contextual, action = args.contextual_feature_names, args.action_feature_name
@@ -97,28 +94,7 @@ def resolve_roles(
         numbers=numbers,
         number_widths=tuple(known[name].width for name in numbers),
     )
-    actions, acted = ((name,) if name else () for name in (store.action_feature, chosen.action))
-    named = (
-        ("item", args, "item_feature_name", (chosen.item,), (store.item_feature,)),
-        ("action", args, "action_feature_name", acted, actions),
-        ("context", args, "contextual_feature_names", chosen.contextual, store.contextual_features),
-        ("side", args, "side_feature_names", side, (*of_items, *of_events)),
-        ("event", args, "known_after", [name for name in args.known_after if name in of_items], of_events),
-        *(
-            ("label", task, "label", (task.label,), ((chosen.action,) if chosen.action else ()) + stored)
-            for task in tasks or ()
-        ),
-    )
-    problems = []
-    for role, owner, parameter, names, allowed in named:
-        for name in names:
-            if name not in allowed:
-                text = f"{name!r} is no {role} feature of {store}; allowed: {', '.join(allowed) or 'none'}"
-                if name in TIME_FEATURES and store.timestamp_feature is None:
-                    text += ". It is computed from times, and the data has none: preprocess it again with --time"
-                elif role == "side" and not of_items:
-                    text += f". Data preprocessed without them has none. {store.remedy()}"
-                problems.append(located(owner, parameter, text + did_you_mean(name, allowed)))
+    problems = [*_missing_features(store, args, tasks or (), chosen)]
     seen = [name for name in side if name in store.running_statistics and name not in args.known_after]
     if seen and args.has_candidates and args.candidates != "requests":
         text = f"{seen[0]!r} counts all earlier events, so of these candidates each would show the actions on others"
@@ -130,6 +106,33 @@ def resolve_roles(
         problems.append(located(args, "side_feature_names", text))
     ConfigError.raise_if(problems)
     return chosen
+
+
+def _missing_features(
+    store: SequenceStore, args: DatasetArgs, tasks: Sequence[RankingTaskArgs], chosen: FeatureRoles
+) -> Iterator[str]:
+    """A problem for each name that the store has not in its role."""
+    of_items = (*store.item_side_features, *store.item_number_features)
+    stored = (*store.event_features, *store.event_number_features)
+    of_events = (*stored, *store.time_features)
+    actions, acted = ((name,) if name else () for name in (store.action_feature, chosen.action))
+    named = (
+        ("item", args, "item_feature_name", (chosen.item,), (store.item_feature,)),
+        ("action", args, "action_feature_name", acted, actions),
+        ("context", args, "contextual_feature_names", chosen.contextual, store.contextual_features),
+        ("side", args, "side_feature_names", chosen.side, (*of_items, *of_events)),
+        ("event", args, "known_after", [name for name in args.known_after if name in of_items], of_events),
+        *(("label", task, "label", (task.label,), (*acted, *stored)) for task in tasks),
+    )
+    for role, owner, parameter, names, allowed in named:
+        for name in names:
+            if name not in allowed:
+                text = f"{name!r} is no {role} feature of {store}; allowed: {', '.join(allowed) or 'none'}"
+                if name in TIME_FEATURES and store.timestamp_feature is None:
+                    text += ". It is computed from times, and the data has none: preprocess it again with --time"
+                elif role == "side" and not of_items:
+                    text += f". Data preprocessed without them has none. {store.remedy()}"
+                yield located(owner, parameter, text + did_you_mean(name, allowed))
 
 
 def check_numbers(roles: FeatureRoles, args: Iterable[NumericFeatureArgs]) -> None:

@@ -4,7 +4,7 @@ Format: https://recbole.io/docs/user_guide/data/atomic_files.html
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +34,33 @@ def options_of(inter: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     left_out = [name for name in types if name not in used]
     users, items = (inter.with_name(inter.name.replace(".inter", suffix)) for suffix in (".user", ".item"))
     if users.is_file() and "context" not in given:
-        types = typed_header(users, probable_delimiter(users))
-        columns = given.get("context_columns") or tuple(name for name in types if "seq" not in types[name])
-        ranges = {name: 10 for name in columns if types.get(name) == "float"}
-        found = {"context": users, "context_columns": columns, "bins": ranges, **found}
-        left_out += [name for name in types if name not in columns]
+        left_out += _add_users(users, found)
     if items.is_file() and "items" not in given:
-        types = typed_header(items, probable_delimiter(items))
-        used += found.get("context_columns", ())
-        title = next((name for name in types if name in ("title", "name") or name.endswith("_title")), None)
-        features = given.get("item_columns") or tuple(name for name in types if name not in (*used, title))
-        numbers, words, vectors = (
-            tuple(name for name in features if types.get(name) == kind) for kind in ("float", "token_seq", "float_seq")
-        )
-        tables = {"items": items, "item_columns": features} if features else {}
-        tables |= {"titles": items, "title": title} if title else {}
-        lists = dict.fromkeys((*words, *vectors), " ")
-        found = tables | {"numbers": numbers, "vectors": vectors, "lists": lists} | found
-        left_out += [name for name in types if name in used and name != found["item"]]
+        left_out += _add_items(items, found, {*used, *found.get("context_columns", ())})
     if left_out:
         logging.getLogger(__name__).info("%s: not read are %s", inter, ", ".join(left_out))
     return found
+
+
+def _add_users(users: Path, found: dict[str, Any]) -> list[str]:
+    """Adds the options of the file of users to ``found``, whose own win. Returns the columns that are not read."""
+    types = typed_header(users, probable_delimiter(users))
+    columns = found.get("context_columns") or tuple(name for name in types if "seq" not in types[name])
+    bins = {name: 10 for name in columns if types.get(name) == "float"}
+    found.update({"context": users, "context_columns": columns, "bins": bins, **found})
+    return [name for name in types if name not in columns]
+
+
+def _add_items(items: Path, found: dict[str, Any], used: Collection[str]) -> list[str]:
+    """As _add_users, of the file of items. ``used``: columns of the other files, which are read there."""
+    types = typed_header(items, probable_delimiter(items))
+    title = next((name for name in types if name in ("title", "name") or name.endswith("_title")), None)
+    features = found.get("item_columns") or tuple(name for name in types if name not in (*used, title))
+    numbers, words, vectors = (
+        tuple(name for name in features if types.get(name) == kind) for kind in ("float", "token_seq", "float_seq")
+    )
+    tables = {"items": items, "item_columns": features} if features else {}
+    tables |= {"titles": items, "title": title} if title else {}
+    lists = dict.fromkeys((*words, *vectors), " ")
+    found.update(tables | {"numbers": numbers, "vectors": vectors, "lists": lists} | found)
+    return [name for name in types if name in used and name != found["item"]]

@@ -352,11 +352,22 @@ def _write_users(lake: Lake, directory: Path) -> None:
     if not numbers:
         raise DataError(f"{lake.given}: the files have no rows" + " that 'where' keeps" * ("where" in lake.options))
     found = [of_files[number] for number in numbers]
+    features, arrays = _features(lake, found)
+    arrays |= _ids_of_users(lake, [each.columns[0] for each in found])
+    lake.room.make_room(sum(array.nbytes for array in arrays.values()), set())
+    for file, array in arrays.items():
+        np.save(directory / file, array)
+    meta = _description(lake, dict(zip(numbers, found, strict=True)), features, arrays)
+    (directory / META_FILE).write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _features(lake: Lake, found: Sequence[_Users]) -> tuple[list[FeatureMeta], dict[str, np.ndarray]]:
+    """The features, and the files of offsets, of the ids of items, and of contextual features."""
     options, item, ends = lake.options, lake.options["item"], np.cumsum([len(each.lengths) for each in found])
     cardinalities = dict(zip(lake.coded, 1 + np.max([each.largest for each in found], axis=0), strict=True))
     items = np.unique(np.concatenate([each.items for each in found])) if lake.is_raw else np.arange(cardinalities[item])
     arrays = {OFFSETS_FILE: run_offsets(np.concatenate([each.lengths for each in found]))}
-    arrays |= {f"{vocabulary_stem(item)}.npy": items} | _ids_of_users(lake, [each.columns[0] for each in found])
+    arrays[f"{vocabulary_stem(item)}.npy"] = items
     features = []
     for column in options.get("context_columns", ()):
         place = lake.of_users.index(column)
@@ -369,11 +380,15 @@ def _write_users(lake: Lake, directory: Path) -> None:
         cardinality = len(items) if column == item else cardinalities.get(column)
         size, is_item = None if cardinality is None else int(cardinality), column == item
         features.append(FeatureMeta(column, role, DTYPES[role], size, is_item, is_item and lake.is_raw))
-    lake.room.make_room(sum(array.nbytes for array in arrays.values()), set())
-    for file, array in arrays.items():
-        np.save(directory / file, array)
+    return features, arrays
+
+
+def _description(
+    lake: Lake, found: Mapping[int, _Users], features: Sequence[FeatureMeta], arrays: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """The content of the store's meta.json. ``found``: number of a file with users → what it holds."""
     sources = {name[len(lake.root) + 1 :]: lake.footer(number) for number, (name, *_) in enumerate(lake.files)}
-    content = [{**options, "files": None}, sources, [size for _, size, _ in lake.files]]
+    content = [{**lake.options, "files": None}, sources, [size for _, size, _ in lake.files]]
 
     def described(file: str, dtype: str, length: int) -> dict[str, Any]:
         digest = hashlib.sha256(json.dumps([content, file]).encode()).hexdigest()
@@ -382,16 +397,16 @@ def _write_users(lake: Lake, directory: Path) -> None:
 
     files = {file: described(file, array.dtype.str, len(array)) for file, array in arrays.items()}
     of_events = [feature for feature in features if feature.name in lake.of_events]
-    for shard, each in enumerate(found):
+    for shard, each in enumerate(found.values()):
         names = {shard_file(shard, feature.file): feature.dtype for feature in of_events}
         files |= {file: described(file, dtype, int(each.lengths.sum())) for file, dtype in names.items()}
     sharded = {feature.file: described(feature.file, feature.dtype, 0)["sha256"] for feature in of_events}
-    meta = {
+    ends = np.cumsum([len(each.lengths) for each in found.values()]).tolist()
+    return {
         "name": lake.cache.name, "command": None, "statistics": {}, "sources": sources, "files": files,
-        "num_users": int(ends[-1]), "num_events": int(arrays[OFFSETS_FILE][-1]), "features": [*map(asdict, features)],
-        "file_of_shard": numbers, "shards": {"users": [0, *ends.tolist()], "sha256": sharded},
+        "num_users": ends[-1], "num_events": int(arrays[OFFSETS_FILE][-1]), "features": [*map(asdict, features)],
+        "file_of_shard": [*found], "shards": {"users": [0, *ends], "sha256": sharded},
     }  # fmt: skip
-    (directory / META_FILE).write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _ids_of_users(lake: Lake, parts: Sequence[Any]) -> dict[str, np.ndarray]:

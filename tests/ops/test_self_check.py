@@ -24,10 +24,12 @@ def is_run(case: str, shapes: KernelShapes) -> bool:
     return shapes.dtype == torch.float32 or case.startswith(IN_THE_DTYPE)
 
 
-IN_FLOAT32 = pytest.param(SHAPES, id="float32", marks=pytest.mark.slow if INTERPRETED else ())
+SLOW = pytest.mark.slow if INTERPRETED else ()
 
 
-@pytest.mark.parametrize("shapes", [IN_FLOAT32, pytest.param(WITH_BIAS, id="bfloat16")])
+@pytest.mark.parametrize(
+    "shapes", [pytest.param(SHAPES, id="float32", marks=SLOW), pytest.param(WITH_BIAS, id="bfloat16", marks=SLOW)]
+)
 def test_all_kernels_pass(device: torch.device, shapes: KernelShapes, monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         monkeypatch.setattr(self_check, "ITEMS", (1, 40, 0, 17))

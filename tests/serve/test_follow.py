@@ -130,7 +130,7 @@ def test_what_is_no_source_is_refused_at_start(source: str, retrieval: Served, t
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("kind", ["file", "topic"])
+@pytest.mark.parametrize("kind", ["file", pytest.param("topic", marks=pytest.mark.slow)])
 def test_a_server_that_is_killed_while_it_follows_has_each_event_once(
     kind: str, broker: Any, retrieval: Served, tmp_path: Path
 ) -> None:

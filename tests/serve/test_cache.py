@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +158,8 @@ def test_a_swap_never_mixes_two_models(retrieval: Served, tmp_path: Path) -> Non
             assert cache.find("x", ({"a", "b"} - {served.version}).pop()) is None
 
 
-def test_users_that_asked_longest_ago_leave_a_full_cache(retrieval: Served) -> None:
-    prefix = replace(Prefix.empty(retrieval.model.facts, History(items=[]), 0), keys_values=Tensor(1, 2, 1, 1, 64))
+def test_users_that_asked_longest_ago_leave_a_full_cache() -> None:
+    prefix = Prefix(History(items=[]), 0, keys_values=Tensor(1, 2, 1, 1, 64))
     cache = PrefixCache(3 * prefix.num_bytes)
     for user in ("a", "b", "c"):
         cache.put(user, "m", prefix)

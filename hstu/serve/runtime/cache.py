@@ -27,27 +27,20 @@ class Prefix:
     history: History
     """The events, preceded by ``before`` events of which only the time matters."""
     before: int
-    num_items: int
-    """Number of events whose keys and values are in ``keys_values``. 0: of no token."""
-    keys_values: Tensor
-    """float32 [L, 2, H, n, d]."""
-    times: Tensor
-    """int64 [n], in seconds; zeros if the model reads none."""
     end: int = 0
-    """Tokens of the whole history when these were computed: windows may depend on it."""
+    """Tokens of the whole history when the keys and values were computed: windows may depend on it."""
+    num_items: int = 0
+    """Number of events whose keys and values are in ``keys_values``. 0: of no token."""
+    keys_values: Tensor = torch.empty(0)
+    """float32 [L, 2, H, n, d]; [0] of no token."""
+    times: Tensor = torch.empty(0, dtype=torch.int64)
+    """int64 [n], in seconds; zeros if the model reads none."""
 
     @property
     def num_bytes(self) -> int:
         """Memory that it takes, about."""
         values = len(self.history.items) * (3 + len(self.history.features)) * _BYTES_PER_VALUE
         return self.keys_values.numel() * 4 + self.times.numel() * 8 + values
-
-    @classmethod
-    def empty(cls, facts: Mapping[str, Any], history: History, before: int, end: int = 0) -> Prefix:
-        """Nothing yet of a history."""
-        cached = facts["cached"]
-        nothing = torch.empty(cached["layers"], 2, facts["heads"], 0, cached["channels"])
-        return cls(history, before, 0, nothing, torch.empty(0, dtype=torch.int64), end)
 
     def valid_for(self, facts: Mapping[str, Any], nothing: Prefix) -> Prefix:
         """What stays of it for the history of ``nothing``, of which the newest is computed anew."""
@@ -73,16 +66,23 @@ class Prefix:
         kept = self.keys_values.narrow(3, 0, tokens)
         return replace(nothing, num_items=items, keys_values=kept, times=self.times[:tokens])
 
-    def followed_by(self, computed: Sequence[Tensor], times: Tensor, items: int) -> Prefix:
-        """With ``items`` further events. computed: keys, values of each layer, [n, H, d] each."""
-        if not items:
+    def followed_by(
+        self, facts: Mapping[str, Any], events: int, computed: Sequence[Tensor], times: Tensor | None, first: int
+    ) -> Prefix:
+        """With further ``events``, but for a newest one that later events change. ``computed``: keys, values of each
+        layer, [n, H, d] each; ``times``: int64 [n]. The tokens of these events begin at ``first``."""
+        items = events - newest_changes(facts)
+        if items <= 0:
             return replace(self, keys_values=self.keys_values.contiguous())  # no view of more
-        new = torch.stack(list(computed)).unflatten(0, (-1, 2)).transpose(2, 3)
+        count = items * facts["tokens_per_item"] + len(facts["contextual"]) * (not self.num_items)
+        tokens = slice(first, first + count)
+        new = torch.stack([each[tokens] for each in computed]).unflatten(0, (-1, 2)).transpose(2, 3)
+        seconds = torch.zeros(count, dtype=torch.int64) if times is None else times[tokens]
         return replace(
             self,
             num_items=self.num_items + items,
             keys_values=torch.cat([self.keys_values, new], dim=3),
-            times=torch.cat([self.times, times]),
+            times=torch.cat([self.times, seconds]),
         )
 
 
@@ -104,7 +104,7 @@ def _common(own: Sequence[Any] | None, other: Sequence[Any] | None, before: int)
 
 def joined_prefixes(facts: Mapping[str, Any], prefixes: Sequence[Prefix | None]) -> dict[str, Tensor]:
     """Inputs of the program: prefixes padded, at the beginning, to the longest, and to one token at least."""
-    lengths = [0 if each is None else each.keys_values.shape[3] for each in prefixes]
+    lengths = [0 if each is None else len(each.times) for each in prefixes]
     cached, longest = facts["cached"], max(1, *lengths)
     padded = torch.empty(len(prefixes), cached["layers"], 2, facts["heads"], longest, cached["channels"])
     times = torch.zeros(len(prefixes), longest, dtype=torch.int64)

@@ -38,8 +38,7 @@ _LARGEST = 1 << 20
 """Maximum number of events, and width of a feature."""
 _SCORES_AT_ONCE = 1 << 16
 """Maximum attention scores per chunk, unless one sequence has more: those of 3 sequences of 100 tokens with 2 heads.
-Small chunks need less padding, and their activations fit the CPU caches.
-"""
+Small chunks need less padding, and their activations fit the CPU caches."""
 Lists = tuple[Sequence[Any], Sequence[Any] | None]
 """(items not to recommend, the only items to recommend). None: all."""
 
@@ -204,10 +203,8 @@ class Model:
         return found
 
     def scores(self, queries: Tensor, lists: Sequence[Lists]) -> Tensor:
-        """Cosines of unit vectors, float32 [n, E], and all items, [n, items + 1]; -inf for items not to recommend.
-
-        The last column, -inf, is for unknown items.
-        """
+        """Cosines of unit vectors, float32 [n, E], and all items, [n, items + 1]; -inf for items not to recommend, and
+        in the last column, which is for unknown items."""
         scores = queries.new_empty(len(queries), len(self._lengths))
         torch.mm(queries, self.stored_vectors.t(), out=scores[:, :-1])
         scores /= self._lengths
@@ -266,17 +263,15 @@ class Model:
         window = history.cut(slice(len(history.items) - count - before, None))
         scored = 1 if candidates is not None and not facts["candidates"]["apart"] else 0
         end = len(facts["contextual"]) + (count + scored) * facts["tokens_per_item"]
-        nothing = Prefix.empty(facts, window, before, end)
+        nothing = Prefix(window, before, end)
         prefix = nothing if earlier is None else earlier.valid_for(facts, nothing)
         return count - prefix.num_items, parts, prefix
 
     def run(
         self, encoded: Sequence[Sequence[Sequence_]], keep: Callable[[int, Prefix], None] | None = None
     ) -> list[Tensor]:
-        """Run the program. Returns the vector [1, E] of each user, or the logits [candidates, outputs].
-
-        ``keep`` is called with the number of each request with ``caches``, and what its next request may reuse.
-        """
+        """Run the program. Returns the vector [1, E] of each user, or the logits [candidates, outputs]. ``keep`` is
+        called with the number of each request with ``caches``, and what its next request may reuse."""
         encoded = self._with_shared_prefixes(encoded)
         outputs, found = iter(self._run([part for own in encoded for part in own])), []
         nothing = torch.empty(0, sum(len(task["columns"]) for task in self.facts["tasks"]))
@@ -300,11 +295,9 @@ class Model:
     def score_batch(
         self, histories: Sequence[History], candidates: Sequence[Candidates | Sequence[Any]], at: int | None = None
     ) -> list[Scores]:
-        """Score candidates. Returns for each history: name → one value per candidate, None for unknown items.
-
-        The names are the ``columns`` of ``facts["tasks"]``: probabilities and values of ranking, the cosine as "score"
-        of retrieval. Errors: :meth:`recommend_batch`.
-        """
+        """Score candidates. Returns for each history: name → one value per candidate, None for unknown items. The names
+        are the ``columns`` of ``facts["tasks"]``: probabilities and values of ranking, the cosine as "score" of
+        retrieval. Errors: :meth:`recommend_batch`."""
         found = [self.predictions(outputs) for outputs in self.predict_batch(histories, candidates, at)]
         for scores, unknown in zip(found, self.unknown_batch(histories, candidates), strict=True):
             scores.unknown = unknown
@@ -364,29 +357,12 @@ class Model:
             inputs, counts = inputs_of(facts, self.tables, [sequences[place] for place in chunk])
             with torch.inference_mode():
                 outputs, *computed = self._program(inputs, self.weights)
-            first = 0
+            first, times = 0, inputs.get("token_times")
             for place, own in zip(chunk, outputs.split(counts), strict=True):
-                tokens = slice(first, first + new[place])
-                found[place] = own, self._continued(sequences[place], computed, inputs.get("token_times"), tokens)
-                first = tokens.stop
+                events, _, prefix = sequences[place]
+                found[place] = own, prefix and prefix.followed_by(facts, events.length, computed, times, first)
+                first += new[place]
         return found
-
-    def _continued(
-        self, sequence: Sequence_, computed: Sequence[Tensor], times: Tensor | None, tokens: slice
-    ) -> Prefix | None:
-        """The prefix of a sequence with its new events, but for a newest one that later events change.
-
-        ``tokens``: those of the sequence in ``times`` and ``computed``, the keys and values of each layer.
-        """
-        prefix, facts = sequence.prefix, self.facts
-        if prefix is None:
-            return None
-        items = max(0, sequence.events.length - newest_changes(facts))
-        context, per_item = len(facts["contextual"]), facts["tokens_per_item"]
-        count = items * per_item + context * (not prefix.num_items) if items else 0
-        kept = slice(tokens.start, tokens.start + count)
-        seconds = torch.zeros(count, dtype=torch.int64) if times is None else times[kept]
-        return prefix.followed_by([each[kept] for each in computed] if items else [], seconds, items)
 
     @property
     def stored_vectors(self) -> Tensor:

@@ -22,7 +22,7 @@ import pytest
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.serve.server.batching import Metrics, Settings
-from hstu.serve.server.clients import KeyFile
+from hstu.serve.server.guard import KeyFile
 from hstu.serve.server.logs import set_up_logging
 from hstu.serve.server.shown import ShownLog
 from tests.serve.http_server import (

@@ -380,9 +380,7 @@ def test_items_follow_the_item_file_and_a_user_without_events_gets_popular_ones(
         "item,in_stock,category,price\n1001,true,a,9\n1002,1,b,9\n1003,false,a,9\n1004,true,,9\n7,true,a,9\n"
     )
     (tmp_path / "root").symlink_to(retrieval.folder)
-    live = LiveModel(
-        tmp_path / "root", Metrics(), lambda _, name, __: ServedModel(retrieval.model, name), ItemFile(path)
-    )
+    live = LiveModel(tmp_path / "root", Metrics(), lambda _, name, __: ServedModel(retrieval.model, name), path)
 
     def recommended(**options: Any) -> Answer:
         (answer,) = live.current.answer([recommend(**{"items": [], "filter_seen": False, **options})])

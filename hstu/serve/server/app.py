@@ -25,15 +25,13 @@ import hstu
 from hstu.serve.runtime import ServingError
 
 from .batching import Batcher, Metrics, ModelMetrics, Overloaded, Settings
-from .clients import KeyFile
 from .follow import Follower
-from .guard import BodyRoute, Guard, as_json, failure
+from .guard import BodyRoute, Guard, KeyFile, as_json, failure
 from .listening import Server, bound
 from .logs import CURRENT, set_up_logging
 from .model import EventsRequest, RecommendRequest, ScoreRequest, ServedModel, User
-from .rules import ItemFile
 from .shown import ShownLog
-from .swap import LiveModel, Load, load
+from .swap import LiveModel, load
 from .traffic import Traffic, suitable
 from .users import StoreError, Users, open_store
 
@@ -51,8 +49,7 @@ _EXPECTED_ERRORS = (RequestValidationError, ServingError, Overloaded, StoreError
 _STORE_LIMIT_S = 2
 _SWITCH_INTERVAL_S = 1e-4
 """How long a thread may hold the GIL while others wait. PyTorch operators release it.
-While another thread loads an export, requests take 3 times as long; with Python's default of 5 ms, 40 times.
-"""
+While another thread loads an export, requests take 3 times as long; with Python's default of 5 ms, 40 times."""
 _log = logging.getLogger(__name__)
 
 
@@ -77,22 +74,16 @@ def serve(root: Path, host: str, port: int, settings: Settings) -> None:
 def load_models(root: Path, settings: Settings, metrics: Metrics) -> list[LiveModel]:
     """Load the model of ``root`` and, if there is to be one, the second. Raises DataError if one cannot be served."""
     read = partial(load, mapped=settings.map_exports)
-
-    def live(exports: Path, own: ModelMetrics, read: Load) -> LiveModel:
-        return LiveModel(exports, own, read, None if settings.items is None else ItemFile(settings.items))
-
-    first = live(root, metrics, read)
-    if settings.second_model is None:
-        return [first]
-    own = ModelMetrics(metrics.registry, "hstu_second")
-    return [first, live(settings.second_model, own, lambda *given: suitable(read(*given), first.current))]
+    models = [first := LiveModel(root, metrics, read, settings.items)]
+    if settings.second_model is not None:
+        own, like = ModelMetrics(metrics.registry, "hstu_second"), lambda *given: suitable(read(*given), first.current)
+        models.append(LiveModel(settings.second_model, own, like, settings.items))
+    return models
 
 
 def create_app(models: Callable[[], Sequence[LiveModel]], settings: Settings, metrics: Metrics) -> FastAPI:
-    """Create the ASGI application of what ``models`` loads: the first model, or both. It refreshes them.
-
-    Raises ConfigError or DataError for a mistake in the settings, before it loads them, or what ``models`` raises.
-    """
+    """Create the ASGI application of what ``models`` loads: the first model, or both. Raises ConfigError or DataError
+    for a mistake in the settings, before it loads them, or what ``models`` raises."""
     users = Users(None if settings.users is None else open_store(settings.users), metrics)
     keys = None if settings.api_keys is None else KeyFile(settings.api_keys)
     shown = None if settings.shown_log is None else ShownLog(settings.shown_log, metrics)

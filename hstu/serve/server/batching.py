@@ -58,7 +58,7 @@ class ModelMetrics:
 
     def __init__(self, registry: CollectorRegistry, prefix: str) -> None:
         self.registry = registry
-        timing = partial(Histogram, buckets=_SECONDS, registry=registry)
+        self.timing = timing = partial(Histogram, buckets=_SECONDS, registry=registry)
         self.answer_seconds = timing(f"{prefix}_answer_seconds", "Time to answer by the model, with waiting")
         self.batch_seconds = timing(f"{prefix}_batch_seconds", "Time to compute a batch")
         self.batch_sizes = Histogram(f"{prefix}_batch_size", "Requests in a batch", buckets=_SIZES, registry=registry)
@@ -75,12 +75,10 @@ class Metrics(ModelMetrics):
     """Prometheus metrics of one server, and of its first model."""
 
     def __init__(self) -> None:
-        registry = CollectorRegistry()
+        super().__init__(registry := CollectorRegistry(), "hstu")
         ProcessCollector(registry=registry)
         self.requests = Counter("hstu_requests", "Answered requests", ["path", "status"], registry=registry)
-        self.seconds = Histogram(
-            "hstu_request_seconds", "Time from a request to its answer", ["path"], buckets=_SECONDS, registry=registry
-        )
+        self.seconds = self.timing("hstu_request_seconds", "Time from a request to its answer", ["path"])
         self.events = Counter("hstu_events", "Events stored, forgotten or refused", ["kind"], registry=registry)
         self.followed_age = Gauge("hstu_followed_age_seconds", "Age of the newest followed event", registry=registry)
         self.followed_backlog = Gauge("hstu_followed_backlog", "Bytes or messages to be followed", registry=registry)
@@ -88,7 +86,6 @@ class Metrics(ModelMetrics):
         self.overlap = Summary("hstu_shadow_overlap", "Part of the items that both models have", registry=registry)
         text = "Mean absolute difference of the scores of both models"
         self.score_difference = Summary("hstu_shadow_score_difference", text, registry=registry)
-        super().__init__(registry, "hstu")
 
 
 class Overloaded(Exception):

@@ -105,11 +105,8 @@ class Topic:
 
 
 class Follower:
-    """Stores the events of a source, with the position after them, so that a crash loses none.
-
-    ``writer``: the batcher that stores events. ``model``: returns the one that must be able to read them. Raises
-    ConfigError for what is no source.
-    """
+    """Stores the events of a source by ``writer``, with the position after them, so that a crash loses none. ``model``:
+    returns the one that must be able to read them. Raises ConfigError for what is no source."""
 
     def __init__(self, source: str, users: Users, writer: Batcher, model: Current, metrics: Metrics) -> None:
         self._source, self._writer, self._model, self._metrics = source, writer, model, metrics

@@ -1,11 +1,14 @@
-"""What requests pass: ids, the limit of their size, headers of answers, metrics, an answer to each defect, parsing."""
+"""What requests pass: keys, ids, a limit of size, headers of answers, metrics, an answer to each defect, parsing."""
 
 import asyncio
+import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import h11
@@ -13,11 +16,14 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hstu.base.errors import DataError
+
 from .batching import Metrics
-from .clients import KeyFile
 from .logs import CURRENT, ids_of
+from .watched import WatchedFile
 
 _OPEN = ("/", "/health", "/ready", "/metrics")
+_KEY_LINE = re.compile(r"([\w.-]{1,64}):([0-9a-f]{64})")
 _log = logging.getLogger(__name__)
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -57,24 +63,55 @@ class BodyRoute(APIRoute):
         await answer(scope, receive, send)
 
 
+class KeyFile(WatchedFile[dict[bytes, str]]):
+    """A file with a line NAME:SHA256 per key, in hexadecimal. It has no keys, so who reads it can ask nothing. A name
+    may have several, so that a client can change its key. Raises DataError if the file is wrong."""
+
+    def client_of(self, authorization: bytes) -> str | None:
+        """The client with the key of a header "Bearer KEY". None: no client."""
+        scheme, _, key = authorization.partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()  # how long the look-up takes says nothing of a key
+        return self.content.get(digest) if scheme.lower() == b"bearer" else None
+
+    def read(self) -> dict[bytes, str]:
+        """SHA-256 → name. Errors contain no line, which may be a key by mistake."""
+        names: dict[bytes, str] = {}
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise DataError(f"--api_keys {self.path} cannot be read: {error}") from None
+        for number, line in enumerate(map(str.strip, lines), 1):
+            if not line or line.startswith("#"):
+                continue
+            if not (found := _KEY_LINE.fullmatch(line)):
+                raise DataError(
+                    f"--api_keys {self.path}:{number} is not NAME:SHA256, with a name of letters, digits, '.', '_' and "
+                    "'-', and the 64 digits that printf %s KEY | sha256sum prints"
+                )
+            if names.setdefault(bytes.fromhex(found[2]), found[1]) != found[1]:
+                raise DataError(f"--api_keys {self.path}:{number} has the key of another name; give each its own")
+        if not names:
+            raise DataError(f"--api_keys {self.path} has no key; write a line NAME:SHA256 for each client")
+        return names
+
+
+@dataclass(frozen=True)
 class Guard:
-    """ASGI middleware that counts requests, limits their size, adds headers and answers exceptions with status 500.
+    """ASGI middleware that counts requests, limits their size, adds headers and answers exceptions with status 500."""
 
-    ``max_body_bytes``: larger requests get status 413, chunked requests without a length get 411.
-    ``paths``: paths that are counted by name; other paths are counted as "other".
-    ``keys``: without one of them, requests to other paths than ``_OPEN`` get status 401.
-    """
-
-    def __init__(
-        self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, paths: Collection[str], keys: KeyFile | None
-    ) -> None:
-        self._app, self._metrics, self._max_body_bytes, self._paths = app, metrics, max_body_bytes, paths
-        self._keys = keys
+    app: ASGIApp
+    metrics: Metrics
+    max_body_bytes: int
+    """Larger requests get status 413, chunked requests without a length get 411."""
+    paths: Collection[str]
+    """Paths that are counted by name; other paths are counted as "other"."""
+    keys: KeyFile | None
+    """Without one of them, requests to other paths than ``_OPEN`` get status 401."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+            return await self.app(scope, receive, send)
         begun, status = time.monotonic(), 0
 
         async def send_and_note(message: Message) -> None:
@@ -92,7 +129,7 @@ class Guard:
             added.append((b"traceparent", headers[b"traceparent"]))
         if scope["app"].state.is_draining:
             added.append((b"connection", b"close"))
-        answer = self._refusal(scope["path"], headers) or self._app
+        answer = self._refusal(scope["path"], headers) or self.app
         try:
             await answer(scope, receive, send_and_note)
         except h11.LocalProtocolError:  # a malformed body, which uvicorn has already answered
@@ -105,22 +142,22 @@ class Guard:
             await answer(scope, receive, send_and_note)
         finally:
             path = getattr(scope.get("route"), "path", scope["path"])
-            path = path if path in self._paths else "other"
-            self._metrics.requests.labels(path, str(status)).inc()
-            self._metrics.seconds.labels(path).observe(time.monotonic() - begun)
+            path = path if path in self.paths else "other"
+            self.metrics.requests.labels(path, str(status)).inc()
+            self.metrics.seconds.labels(path).observe(time.monotonic() - begun)
 
     def _refusal(self, path: str, headers: Mapping[bytes, bytes]) -> Response | None:
         """The answer to a request that is not read. None: it is."""
-        if self._keys is not None and path not in _OPEN:
-            client = self._keys.client_of(headers.get(b"authorization", b""))
+        if self.keys is not None and path not in _OPEN:
+            client = self.keys.client_of(headers.get(b"authorization", b""))
             if client is None:
                 text = "give the header Authorization: Bearer KEY, with a key of this server"
                 return failure(401, text, {"WWW-Authenticate": "Bearer"})
             CURRENT.set({**CURRENT.get(), "client": client})
         if b"transfer-encoding" in headers:
             return failure(411, "give the header Content-Length")
-        if int(headers.get(b"content-length", 0)) > self._max_body_bytes:
-            return failure(413, f"the request is larger than {self._max_body_bytes} bytes")
+        if int(headers.get(b"content-length", 0)) > self.max_body_bytes:
+            return failure(413, f"the request is larger than {self.max_body_bytes} bytes")
         return None
 
 

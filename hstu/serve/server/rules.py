@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -41,8 +40,29 @@ class Catalog:
 class ItemFile(WatchedFile[pa.Table]):
     """A .csv or .parquet file with the column item and, if wanted, in_stock and category."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, _read)
+    def read(self) -> pa.Table:
+        """The known columns."""
+        try:
+            if self.path.suffix == ".csv":
+                types = pa.csv.ConvertOptions(column_types=dict.fromkeys(_COLUMNS, pa.string()))
+                table = pa.csv.read_csv(self.path, convert_options=types)
+            else:
+                table = pq.read_table(self.path)
+            if "item" not in table.column_names:
+                raise ValueError(f"it has no column 'item'; it has {', '.join(table.column_names)}")
+            columns = {name: table[name] for name in _COLUMNS if name in table.column_names}
+            if pc.count_distinct(columns["item"], mode="all").as_py() < len(table) or columns["item"].null_count:
+                raise ValueError("an item is missing or has several rows; give one row per item")
+            if "in_stock" in columns:
+                columns["in_stock"] = columns["in_stock"].cast(pa.bool_())
+                if columns["in_stock"].null_count:
+                    raise ValueError("in_stock is missing in a row; give true or false")
+            if "category" in columns:
+                text = columns["category"].cast(pa.string())
+                columns["category"] = pc.if_else(pc.equal(text, ""), None, text)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise DataError(f"--items {self.path} cannot be read: {error}") from error
+        return pa.table(columns)
 
     def catalog(self, model: Model) -> Catalog:
         """The columns in the order of the items of a model. Items that the file lacks are not in stock."""
@@ -61,30 +81,6 @@ class ItemFile(WatchedFile[pa.Table]):
             categories[places] = torch.tensor(encoded.indices.fill_null(-1).to_pylist(), dtype=torch.int64)
             categories[-1] = -1
         return Catalog(in_stock, categories, numbers)
-
-
-def _read(path: Path) -> pa.Table:
-    try:
-        if path.suffix == ".csv":
-            types = pa.csv.ConvertOptions(column_types=dict.fromkeys(_COLUMNS, pa.string()))
-            table = pa.csv.read_csv(path, convert_options=types)
-        else:
-            table = pq.read_table(path)
-        if "item" not in table.column_names:
-            raise ValueError(f"it has no column 'item'; it has {', '.join(table.column_names)}")
-        columns = {name: table[name] for name in _COLUMNS if name in table.column_names}
-        if pc.count_distinct(columns["item"], mode="all").as_py() < len(table) or columns["item"].null_count:
-            raise ValueError("an item is missing or has several rows; give one row per item")
-        if "in_stock" in columns:
-            columns["in_stock"] = columns["in_stock"].cast(pa.bool_())
-            if columns["in_stock"].null_count:
-                raise ValueError("in_stock is missing in a row; give true or false")
-        if "category" in columns:
-            text = columns["category"].cast(pa.string())
-            columns["category"] = pc.if_else(pc.equal(text, ""), None, text)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"--items {path} cannot be read: {error}") from error
-    return pa.table(columns)
 
 
 def chosen_items(

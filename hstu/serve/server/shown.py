@@ -22,11 +22,9 @@ _log = logging.getLogger(__name__)
 
 
 class ShownLog:
-    """Writes what answers show to known users, in a thread, so that no answer waits for the disk or fails with it.
-
-    A file has the rows of an hour, a server and a set of columns. Answers that cannot be written are counted. Raises
-    ConfigError if ``folder`` cannot be written to.
-    """
+    """Writes what answers show to known users, in a thread, so that no answer waits for the disk or fails with it. A
+    file has the rows of an hour, a server and a set of columns. Answers that cannot be written are counted. Raises
+    ConfigError if ``folder`` cannot be written to."""
 
     def __init__(self, folder: Path, metrics: ModelMetrics) -> None:
         self.folder, self._answers, self._server = folder, metrics.shown, secrets.token_hex(4)

@@ -69,12 +69,13 @@ def load(folder: Path, version: str, current: ServedModel | None, mapped: bool =
 
 
 class LiveModel:
-    """The current model of ``root`` (see ``find_exports``). Raises DataError if no export can be served."""
+    """The current model of ``root`` (see ``find_exports``). Raises DataError if there is none, or no ``items``."""
 
     current: ServedModel
 
-    def __init__(self, root: Path, metrics: ModelMetrics, load: Load = load, items: ItemFile | None = None) -> None:
-        self._root, self._load, self.metrics, self._items = root, load, metrics, items
+    def __init__(self, root: Path, metrics: ModelMetrics, load: Load = load, items: Path | None = None) -> None:
+        self._root, self._load, self.metrics = root, load, metrics
+        self._items = None if items is None else ItemFile(items)
         self._loaded: Found | None = None
         self._found: list[Found] = []
         self._bad: dict[Found, str] = {}  # never mutated, only replaced: other threads read it

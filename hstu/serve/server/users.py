@@ -48,10 +48,8 @@ def open_store(place: str) -> Store:
 
 
 class SqliteStore:
-    """A file with one row per user. Several servers of one machine may share it.
-
-    User → events as JSON. Threads may read beside one that updates. Methods raise StoreError.
-    """
+    """A file with one row per user: events as JSON. Several servers of one machine may share it, and threads may read
+    beside one that updates. Methods raise StoreError."""
 
     def __init__(self, path: str) -> None:
         with _failures(sqlite3.Error):
@@ -107,25 +105,24 @@ class RedisStore:
 
     def __init__(self, url: str) -> None:
         try:
-            import redis
+            from redis import Redis, RedisError
         except ImportError:
             raise StoreError("the package redis is missing; to install it: pip install 'hstu-trainer[redis]'") from None
-        self._errors = redis.RedisError
+        self._errors = RedisError
         with _failures(self._errors, ValueError):
-            self._client: Any = redis.Redis.from_url(url, socket_timeout=30, socket_connect_timeout=5)
+            self._client: Any = Redis.from_url(url, socket_timeout=30, socket_connect_timeout=5, decode_responses=True)
             self._client.ping()
 
     def read(self, users: Sequence[bytes]) -> list[str | None]:
         """As of SqliteStore."""
         with _failures(self._errors):
-            return [each and each.decode() for each in self._client.mget(map(_key, users))] if users else []
+            return list(self._client.mget(map(_key, users))) if users else []
 
     def update(self, users: Sequence[bytes], change: Change) -> None:
         """As of SqliteStore."""
 
         def run(pipe: Any) -> None:
-            before = [each and each.decode() for each in pipe.mget(map(_key, users))]
-            changed = change(dict(zip(users, before, strict=True)))
+            changed = change(dict(zip(users, pipe.mget(map(_key, users)), strict=True)))
             pipe.multi()
             for user, events in changed.items():
                 pipe.delete(_key(user)) if events is None else pipe.set(_key(user), events)
@@ -169,10 +166,8 @@ class StoredEvents:
         return cls() if text is None else cls(**json.loads(text))
 
     def text(self) -> str:
-        """All but events that are older than MAX_EVENTS others, as JSON.
-
-        Of events at one time, all are kept or none: one that was left out and comes again is left out again.
-        """
+        """All but events that are older than MAX_EVENTS others, as JSON. Of events at one time, all are kept or none:
+        one that was left out and comes again is left out again."""
         first = bisect_left(self.timestamps, self.timestamps[-MAX_EVENTS]) if len(self.items) > MAX_EVENTS else 0
         content = {name: getattr(self, name)[first:] for name in ("items", "actions", "timestamps", "ids")}
         return json.dumps({**content, "features": {name: each[first:] for name, each in self.features.items()}})
@@ -233,10 +228,8 @@ class Users:
         self._counted_at, self._new = time.time(), _no_counts()  # events that this server has stored since
 
     def write(self, requests: Sequence[EventsRequest | str], served: ServedModel) -> list[dict[str, int] | Exception]:
-        """Store the events of requests, and forget users whose ids are given, in one transaction.
-
-        A request with an event that the model cannot read gets a ServingError, and none of its events is stored.
-        """
+        """Store the events of requests, and forget users whose ids are given, in one transaction. A request with an
+        event that the model cannot read gets a ServingError, and none of its events is stored."""
         problems = [self._problem(each, served) for each in requests]
         fitting = [each for each, problem in zip(requests, problems, strict=True) if problem is None]
         counts, new = list[dict[str, int]](), list[Event]()
@@ -269,10 +262,8 @@ class Users:
         return (key := _POSITION + source.encode()), self._store.read([key])[0]
 
     def count_recent(self, models: Sequence[ServedModel]) -> None:
-        """Give models the numbers of new events of all servers, halved with each day of their age.
-
-        Each minute this server adds its own to those in the store.
-        """
+        """Add, each minute, the new events of this server to those in the store, and give models the numbers of those
+        of all servers, halved with each day of their age."""
         now, is_known = time.time(), all(each.recent is self._recent for each in models)
         if self._store is None or (is_known and now - self._counted_at < _COUNT_S):
             return

@@ -1,7 +1,7 @@
 """Files that are read again when they change."""
 
 import logging
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -11,27 +11,31 @@ Content = TypeVar("Content")
 _log = logging.getLogger(__name__)
 
 
-class WatchedFile(Generic[Content]):
-    """What ``read`` makes of a file. Raises DataError if it cannot be read at first."""
+class WatchedFile(ABC, Generic[Content]):
+    """A file with its ``content``. Raises DataError if it cannot be read at first."""
 
-    def __init__(self, path: Path, read: Callable[[Path], Content]) -> None:
-        self._path, self._read, self._state = path, read, _state(path)
-        self.content = read(path)
+    def __init__(self, path: Path) -> None:
+        self.path, self._state = path, _state(path)
+        self.content = self.read()
         self.refused: dict[str, str] = {}
         """The path → what is wrong with the newest content, if something is."""
 
+    @abstractmethod
+    def read(self) -> Content:
+        """Read the file. Raises DataError."""
+
     def refresh(self) -> bool:
         """Read the file if it has changed. Returns whether there is new content: a mistake changes nothing."""
-        if (state := _state(self._path)) == self._state:
+        if (state := _state(self.path)) == self._state:
             return False
         self._state = state
         try:
-            self.content, self.refused = self._read(self._path), {}
+            self.content, self.refused = self.read(), {}
         except DataError as error:
-            self.refused = {str(self._path): printable(str(error))}
-            _log.warning("refused file=%s reason=%s", self._path, error)
+            self.refused = {str(self.path): printable(str(error))}
+            _log.warning("refused file=%s reason=%s", self.path, error)
             return False
-        _log.info("reloaded file=%s", self._path)
+        _log.info("reloaded file=%s", self.path)
         return True
 
 

@@ -30,9 +30,7 @@ class RawIds:
     def from_store(cls, store: SequenceStore, features: Collection[str]) -> Self:
         """Read the raw ids of the features that are looked up by code, memory mapped."""
         named = [name for name in features if store.feature(name).has_vocab and not store.feature(name).raw]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns that the memory maps are read-only
-            return cls({name: tuple(map(torch.from_numpy, store.raw_id_arrays(name))) for name in named})
+        return cls({name: tuple(map(mapped_tensor, store.raw_id_arrays(name))) for name in named})
 
     @classmethod
     def from_stored(cls, tensors: StoredTensors, features: Collection[str]) -> Self:
@@ -102,6 +100,13 @@ def remap_rows(rows: int, own: Sequence[IdTensors | None], stored: Sequence[IdTe
     if len(own) > 1 or len(ids) > rows or ids.dtype != stored_ids.dtype or not len(stored_ids):
         return RowRemap(None)  # several features share the rows, or ids are hashed into them
     return RowRemap(np.concatenate([codes_of(ids, stored_ids), np.full(rows - len(ids), -1)]), len(ids))
+
+
+def mapped_tensor(array: np.ndarray) -> Tensor:
+    """A tensor with the memory of an array that nobody writes to, such as a memory map of a store."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that memory maps are read-only
+        return torch.from_numpy(np.asarray(array))
 
 
 def _decode(tensors: IdTensors) -> np.ndarray:

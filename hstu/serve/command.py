@@ -136,10 +136,8 @@ def users_of_file(loaded: LoadedModel, file: str | None) -> np.ndarray:
 
 
 def read_candidates(loaded: LoadedModel, file: str, features: Sequence[str]) -> Candidates:
-    """Read candidates from a .csv or .parquet file with the columns user, item and ``features``.
-
-    Prints unknown users and items, which are skipped, and unknown values, which count as missing. Raises DataError.
-    """
+    """Read candidates from a .csv or .parquet file with the columns user, item and ``features``. Prints unknown users
+    and items, which are left out, and unknown values, which count as missing. Raises DataError."""
     table = _read_table(file, ("user", "item", *features))
     users, unknown_users = _encode(table["user"], loaded.users)
     items, unknown_items = _encode(table["item"], loaded.items)

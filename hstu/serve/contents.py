@@ -64,10 +64,8 @@ def _newest_event_is_scored(config: RunConfig) -> bool:
 def collect(
     trained: LoadedModel, program: ServingProgram
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """Collect what an export holds, inside ``LoadedModel.inference``.
-
-    Returns the object in serving.json; table name → float32 [rows, dim]; ids (``_Features``) and items (``_items``).
-    """
+    """Compute, inside ``LoadedModel.inference``, the object in serving.json; table name → float32 [rows, dim]; ids
+    (``_Features``) and items (``_items``)."""
     features = _Features(trained)
     facts = {**_facts(trained, program), "features": features.facts}
     tables = {spec.name: features.rows_of(spec) for spec in trained.model.specs}
@@ -162,10 +160,6 @@ class _Features:
             return np.where((ids >= 0) & (ids < self._source.cardinalities[feature]), ids, -1)
         return codes_of(ids, known)
 
-    def missing(self, feature: str) -> int:
-        """The table row of missing values."""
-        return int(self.table_rows(feature, np.array([self._vocabularies[feature].missing]))[0])
-
     def _describe(self, feature: str) -> dict[str, Any]:
         """Add the rows of the values of a feature, and raw ones, to ``tensors``. Returns the facts of the feature."""
         vocabulary, roles = self._vocabularies[feature], self._source.roles
@@ -173,13 +167,13 @@ class _Features:
         if kind == "raw":
             kind, ids = "numbers", self.item_ids() if feature == roles.item else self._dynamic_ids[feature]
             self.tensors[f"ids.{feature}"] = torch.from_numpy(ids)
-        rows = self.table_rows(feature, ids)
+        rows, missing = (self.table_rows(feature, each) for each in (ids, np.array([vocabulary.missing])))
         if not np.array_equal(rows, np.arange(len(rows))):
             self.tensors[f"rows.{feature}"] = torch.from_numpy(rows)
         return {
             "table": self._table_of[feature],
             "is_list": feature in roles.lists,
-            "missing": self.missing(feature) if feature in roles.side else -1,
+            "missing": int(missing[0]) if feature in roles.side else -1,
             "kind": kind,
             "size": len(ids),
             "ranges": vocabulary.ranges,
@@ -214,10 +208,10 @@ def _items(trained: LoadedModel, features: _Features, places: np.ndarray, count:
         elif f"{name}.offsets" in known:
             rows, lengths = features.table_rows(feature, values), np.diff(known[f"{name}.offsets"])
             bounds = run_offsets(spread(lengths, 1))
-            found[name], found[f"{name}.offsets"] = np.full(bounds[-1], features.missing(feature)), bounds
+            found[name], found[f"{name}.offsets"] = np.full(bounds[-1], features.facts[feature]["missing"]), bounds
             found[name][ranges(bounds[places], lengths)] = rows
         elif not name.endswith(".offsets"):
-            found[name] = spread(features.table_rows(feature, values), features.missing(feature))
+            found[name] = spread(features.table_rows(feature, values), features.facts[feature]["missing"])
     titles = trained.store.titles()
     texts = {} if titles is None else as_texts("titles", spread(titles, ""))
     return {name: torch.from_numpy(values) for name, values in found.items()} | texts
@@ -226,8 +220,7 @@ def _items(trained: LoadedModel, features: _Features, places: np.ndarray, count:
 def as_texts(name: str, texts: Iterable[Any]) -> dict[str, Tensor]:
     """Encode texts as UTF-8 bytes, uint8 ``<name>.utf8``, with ``<name>.offsets``, int64 [n + 1]."""
     encoded = [str(text).encode() for text in texts]
-    offsets = torch.tensor([0, *(len(text) for text in encoded)]).cumsum(0)
     return {
-        f"{name}.offsets": offsets,
+        f"{name}.offsets": torch.from_numpy(run_offsets([*map(len, encoded)])),
         f"{name}.utf8": torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8),
     }

@@ -121,10 +121,7 @@ def write_serving(
 
 
 def compile_program(folder: Path) -> None:
-    """Compile the program in a folder with AOTInductor, for any x86-64 processor with AVX2.
-
-    Raises ConfigError if that is not possible on this machine.
-    """
+    """Compile the program in a folder with AOTInductor, for x86-64 with AVX2. Raises ConfigError where that fails."""
     if shutil.which("g++") is None or not machine().startswith("x86_64 with AVX2"):
         raise ConfigError(f"--compile needs g++ and an x86_64 processor with AVX2; this is {machine()}. Leave it out")
     options = {
@@ -265,14 +262,10 @@ def write_delta(source: Path, base: Contents, folder: Path, path: str, threshold
     found = read_contents(folder, base).tensors
     if not all(_is_same(found[file].get(name), own) for file in found for name, own in new.tensors[file].items()):
         raise DataError(f"the delta does not give what it was made of, a defect; please report it, and {_REMEDY}")
-    tables = [rows for rows in new.tensors[TABLES].values() if rows.ndim == 2]
+    tables = {name: rows for name, rows in new.tensors[TABLES].items() if rows.ndim == 2}
     return DeltaSize(
-        changed=sum(
-            len(each)
-            for key, each in changes.items()
-            if key.startswith(TABLES) and key.endswith("/values") and each.ndim == 2
-        ),
-        rows=sum(map(len, tables)),
+        changed=sum(len(changes.get(f"{TABLES}/{name}/values", ())) for name in tables),
+        rows=sum(map(len, tables.values())),
         num_bytes=sum(entry["bytes"] for entry in files.values()),
         whole_bytes=sum(entry["bytes"] for entry in new.files.values()),
     )

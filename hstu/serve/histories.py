@@ -1,6 +1,5 @@
 """Read user histories with raw ids from the data, and build model batches from histories."""
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
@@ -8,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hstu.base.errors import DataError
-from hstu.checkpoint.raw_ids import RawIds
+from hstu.checkpoint.raw_ids import RawIds, mapped_tensor
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import PADDING_ID, HSTUBatch, ItemFeatures
 from hstu.data.batches.collate import Assembler, Rows
@@ -30,7 +28,7 @@ from hstu.train.sources import StoreSource
 
 def vocabulary_of(raw: np.ndarray, **options: Any) -> Vocabulary:
     """Create a Vocabulary of ascending raw ids: int64, or objects of type str. ``options``: its other arguments."""
-    kind, values = ("texts", raw.tolist()) if raw.dtype == object else ("numbers", _as_tensor(raw))
+    kind, values = ("texts", raw.tolist()) if raw.dtype == object else ("numbers", mapped_tensor(raw))
     return Vocabulary(kind, len(raw), values, **options)
 
 
@@ -41,7 +39,7 @@ def stored_vocabulary(store: SequenceStore, feature: str) -> Vocabulary:
     raw = store.raw_ids(feature)
     if feature == USER_FEATURE and raw.dtype != object:  # the users of a lake may be in any order
         order = np.argsort(raw, kind="stable")
-        return vocabulary_of(raw[order], row_of=_as_tensor(order))
+        return vocabulary_of(raw[order], row_of=mapped_tensor(order))
     return vocabulary_of(raw, ranges=store.ranges.get(feature, {}))
 
 
@@ -100,12 +98,6 @@ def _request_facts(config: RunConfig, source: BatchSource, vocabularies: Mapping
     }
 
 
-def _as_tensor(array: np.ndarray) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that memory maps are read-only
-        return torch.from_numpy(np.asarray(array))
-
-
 class BatchEncoder(Encoder):
     """Builds batches of a trained model from requests. Raises DataError for requests that the model cannot read."""
 
@@ -125,7 +117,7 @@ class BatchEncoder(Encoder):
                     known[f"item.{name}"] = store.model_ids(name, np.asarray(codes))
                     if offsets is not None:
                         known[f"item.{name}.offsets"] = offsets
-        tensors = {name: _as_tensor(values) for name, values in known.items()}
+        tensors = {name: mapped_tensor(values) for name, values in known.items()}
         super().__init__(_request_facts(config, source, vocabularies), vocabularies, items, tensors)
 
     @cached_property

@@ -48,10 +48,8 @@ from hstu.train.inference import InferenceSource, StoredSource, zero_spare_rows
 
 
 def stored_config(path: str | Path, checkpoint: str | Path | None = None) -> tuple[RunConfig, Path, list[str]]:
-    """Find the configuration, the path of the checkpoint or export, and why this one if the run chose a best.
-
-    Arguments and errors: ``LoadedModel.load``.
-    """
+    """The configuration, the path of the checkpoint or export, and why this one, if the run chose a best. Arguments and
+    errors: ``LoadedModel.load``."""
     is_named = is_choice(checkpoint)
     directory = local_checkpoint(path, str(checkpoint) if is_named else LAST)
 
@@ -266,8 +264,12 @@ class LoadedModel:
         ``at``: time of the request, or of each, in whole seconds since 1970. None: the time of each newest event.
         Raises ConfigError if the model does not read ``at``, and DataError for a history with later events.
         """
+        self.check_request_time(at)
+        times = iter(at) if isinstance(at, Sequence) else repeat(at)
         vectors = [torch.empty(0, self.config.network.item_width, device=self.mesh.device)]
-        for batch in self.asked_at(batches, at):
+        for batch in batches:
+            if at is not None:
+                batch = _asked_at(batch, [*islice(times, batch.real_batch_size)])
             queries = self.forward(batch).queries
             assert queries is not None  # it is a retrieval model
             vectors.append(queries[: batch.real_batch_size])
@@ -286,44 +288,12 @@ class LoadedModel:
         """Whether evaluation leaves out the items that a user had before, and recommendations by default."""
         return isinstance(self.config.task_args, RetrievalArgs) and self.config.task_args.filter_seen
 
-    def check_groups(self) -> None:
-        """Raise ConfigError if candidates read the actions on other candidates, which no request knows."""
-        network = self.config.network
-        if network.target_group_size > 1 and network.interleave_actions and self.config.task == "ranking":
-            raise ConfigError(
-                f"the model scores candidates in groups of {network.target_group_size} "
-                "(NetworkArgs.target_group_size), in which each reads the actions on the candidates before it, and "
-                "these are not known; train with target_group_size = 1"
-            )
-
-    def asked_at(self, batches: Iterable[HSTUBatch], at: int | Sequence[int] | None) -> Iterator[HSTUBatch]:
-        """Set the request time of batches of histories to ``at``. Arguments and errors: ``user_vectors``."""
-        self.check_request_time(at)
-        if at is None:
-            yield from batches
-            return
-        times = iter(at) if isinstance(at, Sequence) else repeat(at)
-        for batch in batches:
-            assert batch.items.timestamps is not None
-            own = np.zeros(batch.batch_size, dtype=np.int64)
-            own[: batch.real_batch_size] = [*islice(times, batch.real_batch_size)]
-            events = batch.items.timestamps.numpy()
-            asked = np.repeat(own, batch.item_lengths)
-            if len(late := np.flatnonzero(events > asked)):
-                time, newest = int(asked[late[0]]), int(events[late].max())
-                raise DataError(
-                    f"recommendations are asked for at {as_date(time)}, and a history has an event at "
-                    f"{as_date(newest)}, which is later; give a later time, or leave out what comes after it"
-                )
-            yield replace(batch, request_times=torch.from_numpy(own))
-
-    def require_retrieval(self) -> RetrievalArgs:
-        """The task of a retrieval run. Raises DataError for a ranking run."""
+    def require_retrieval(self) -> None:
+        """Raise DataError for a ranking run."""
         if not isinstance(self.config.task_args, RetrievalArgs):
             raise DataError(
                 "this model belongs to a ranking run; recommendations and user or item vectors need a retrieval run"
             )
-        return self.config.task_args
 
     def retrieval_evaluator(self) -> RetrievalEvaluator:
         """Create the object that embeds and scores items. Raises DataError for a ranking run."""
@@ -347,6 +317,20 @@ class LoadedModel:
     def model_ids(self, codes: np.ndarray) -> np.ndarray:
         """Convert item codes of the data to model ids, int64 [n]."""
         return self.store.model_ids(self.source.roles.item, codes)
+
+
+def _asked_at(batch: HSTUBatch, times: Sequence[int | None]) -> HSTUBatch:
+    """Set the times of the requests of a batch of histories. Raises DataError if one has a later event."""
+    assert batch.items.timestamps is not None
+    own = np.pad(np.array(times, dtype=np.int64), (0, batch.batch_size - len(times)))
+    events, asked = batch.items.timestamps.numpy(), np.repeat(own, batch.item_lengths)
+    if len(late := np.flatnonzero(events > asked)):
+        time, newest = int(asked[late[0]]), int(events[late].max())
+        raise DataError(
+            f"recommendations are asked for at {as_date(time)}, and a history has an event at {as_date(newest)}, which "
+            "is later; give a later time, or leave out what comes after it"
+        )
+    return replace(batch, request_times=torch.from_numpy(own))
 
 
 def _labels(first: int, count: int, texts: Sequence[str]) -> list[Any]:

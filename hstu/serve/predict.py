@@ -129,10 +129,8 @@ def _gaps(loaded: LoadedModel, observations: Observations) -> np.ndarray | None:
 
 
 def evaluate_split(loaded: LoadedModel, split: Split | Period, metrics: Sequence[str] | None = None) -> Evaluation:
-    """Predict a split, or a period to its end. ``metrics``: replace the configured metrics. Collective.
-
-    Raises DataError if the data has no events in the period, or no times.
-    """
+    """Predict a split, or a period to its end. ``metrics``: replace the configured ones. Collective. Raises DataError
+    if the data has no events in the period, or no times."""
     config = loaded.config if metrics is None else with_metrics(loaded.config, metrics)
     source, held_out, not_drawn = loaded.with_data(), None, 0
     if isinstance(split, Period):
@@ -220,10 +218,8 @@ def _own_user_vectors(loaded: LoadedModel, users: np.ndarray, at: int | None = N
 def _table(
     loaded: LoadedModel, store: SequenceStore, users: np.ndarray, items: np.ndarray, columns: dict[str, np.ndarray]
 ) -> pa.Table:
-    """Table of raw ids and ``columns``, with the version of the model in its metadata.
-
-    ``users``: rows of ``store``, int64 [n]. ``items``: model ids, int64 [n].
-    """
+    """Table of raw ids and ``columns``, with the version of the model in its metadata. ``users``: rows of ``store``,
+    int64 [n]. ``items``: model ids, int64 [n]."""
     item_ids = loaded.vocabularies[loaded.source.roles.item].values_at(torch.from_numpy(items))
     raw = {"user": (loaded.users, store.raw_ids(USER_FEATURE)[users].tolist()), "item": (loaded.items, item_ids)}
     ids = {name: pa.array(of, pa.string() if each.kind == "texts" else pa.int64()) for name, (each, of) in raw.items()}
@@ -296,9 +292,15 @@ class RankingPredictor:
 
     def __init__(self, loaded: LoadedModel, candidates: Candidates, at: int | None = None) -> None:
         self.loaded, self.candidates, self.at = loaded, candidates, at
-        self._evaluator = build_evaluator(loaded.config, loaded.with_data(), loaded.model, loaded.mesh)
-        loaded.check_groups()
+        network = loaded.config.network
+        if network.target_group_size > 1 and network.interleave_actions:
+            raise ConfigError(
+                f"the model scores candidates in groups of {network.target_group_size} "
+                "(NetworkArgs.target_group_size), in which each reads the actions on the candidates before it, and "
+                "these are not known; train with target_group_size = 1"
+            )
         loaded.check_request_time(at)
+        self._evaluator = build_evaluator(loaded.config, loaded.with_data(), loaded.model, loaded.mesh)
 
     def predict(self, users: np.ndarray) -> pa.Table:
         """See RetrievalPredictor."""

@@ -10,15 +10,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from hstu.base.errors import EXIT_BAD_DATA, ConfigError, DataError
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
-from hstu.serve import runtime
+from hstu.serve import command, runtime
 from hstu.serve.contents import as_texts, check_can_be_served
 from hstu.serve.export import TOLERANCE, read_export, write_serving
+from hstu.serve.predict import RankingPredictor
 from hstu.serve.runtime import Candidates, History, ServingError
 from hstu.serve.runtime.files import digest_of, read_tensors, texts_of
 from hstu.serve.server.swap import find_exports
@@ -221,7 +223,8 @@ def test_models_whose_requests_would_lack_something_are_refused(
     with pytest.raises(ConfigError, match="target_group_size = 2"):
         check_can_be_served(grouped)
     with pytest.raises(ConfigError, match=r"in groups of 2 .* train with target_group_size = 1"):
-        grouped.check_groups()
+        nothing = np.zeros(0, dtype=np.int64)
+        RankingPredictor(grouped, command.Candidates(nothing, nothing, nothing, {}))
 
 
 def test_the_folder_has_the_package_which_imports_torch_and_the_standard_library_alone(retrieval: Served) -> None:

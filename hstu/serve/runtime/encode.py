@@ -172,9 +172,7 @@ class Encoder:
 
     def room(self, count: int) -> tuple[int, int]:
         """For ``count`` candidates: (events of a history, even parts into which to divide the candidates).
-
-        ``max_items`` less the most candidates are kept. Without a limit of candidates, as many as fit beside a part.
-        """
+        ``max_items`` less the most candidates are kept; without a limit of candidates, as many as fit beside a part."""
         longest, rule = self.facts["max_items"], self.facts["candidates"]
         number = -(-count // (rule["most"] or min(count, longest - 1) or 1))
         return longest - ((rule["most"] or -(-count // max(number, 1))) if rule["trained"] else 1), number
@@ -267,18 +265,14 @@ class Encoder:
         return chosen.masked_fill_(is_unknown.index_select(0, event), self.vocabularies[name].missing), counts
 
     def _numbers(self, entry: Mapping[str, Any], shown: History | Candidates, places: Tensor, who: str) -> Tensor:
-        """float32 [n, width]: one number or vector per event."""
+        """float32 [n, width]: one number or vector per event, NaN for None."""
         name, width = entry["name"], entry["width"]
-        if name in shown.features:
-            return self._as_numbers(name, shown.features[name], width)
-        if entry["known_after"] and isinstance(shown, Candidates):
-            return torch.full((len(places), width), math.nan)
-        return rows_at(self._of_items(name, who), places).masked_fill((places < 0)[:, None], math.nan)
-
-    def _as_numbers(self, name: str, values: Sequence[Any], width: int) -> Tensor:
-        """float32 [n, width], NaN for None."""
+        if name not in shown.features:
+            if entry["known_after"] and isinstance(shown, Candidates):
+                return torch.full((len(places), width), math.nan)
+            return rows_at(self._of_items(name, who), places).masked_fill((places < 0)[:, None], math.nan)
         rows = [torch.empty(0, width)]
-        for value in values:
+        for value in shown.features[name]:
             try:
                 given = [math.nan] * width if value is None else value
                 row = torch.tensor(given, dtype=torch.float32).reshape(1, width)

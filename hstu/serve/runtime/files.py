@@ -1,7 +1,4 @@
-"""What an export holds: read from its folder or, for a delta, made of its base by the rules of delta.json.
-
-docs/export.md describes the files.
-"""
+"""What an export (docs/export.md) holds: read from its folder or, for a delta, made of its base by delta.json."""
 
 import hashlib
 import json
@@ -123,10 +120,8 @@ def read_contents(
     directory: Path, known: Contents | None = None, mapped: bool = False, above: Sequence[Path] = ()
 ) -> Contents:
     """Read an export, or map its files. The base of a delta is ``known`` if it has the right digest, or is at its path.
-
     ``above``: the folders of deltas that are based on it. Raises ServingError if a file of it, or of an export that it
-    is based on, is missing or damaged, or is another.
-    """
+    is based on, is missing or damaged, or is another."""
     facts, files = read_directory(directory)
     if DELTA not in files:
         with fitting(directory):
@@ -183,10 +178,8 @@ def _applied(base: Contents, folder: Path, facts: dict[str, Any], delta: Mapping
 def moved(
     name: str, rule: Mapping[str, str], base: Mapping[str, Tensor], made: Mapping[str, Tensor], changes: Changes
 ) -> Tensor:
-    """The rows of a tensor as they follow from the base, in memory of their own.
-
-    ``base``, ``made``: tensors of a file of the base and of the result, where bounds come before what they bound.
-    """
+    """The rows of a tensor as they follow from the base, in memory of their own. ``base``, ``made``: tensors of a file
+    of the base and of the result, where bounds come before what they bound."""
     rows, runs = in_rows(name, base[name]), changes[f"moves/{rule['rows']}"]
     if "offsets" in rule:
         runs = _of_elements(runs, base[rule["offsets"]], made[rule["offsets"]])

@@ -128,7 +128,7 @@ class BatchEncoder(Encoder):
 
     def batches(self, histories: Iterable[History]) -> Iterator[HSTUBatch]:
         """Batches of the newest ``max_items`` events of histories, for retrieval. Raises DataError."""
-        return self.batches_of(self.history(each, None, self._source.max_items) for each in histories)
+        return self.batches_of(self.histories([(each, None, self._source.max_items) for each in histories]))
 
     def batches_of(self, sequences: Iterable[Events]) -> Iterator[HSTUBatch]:
         """Batches of events without labels."""

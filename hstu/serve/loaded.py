@@ -259,11 +259,9 @@ class LoadedModel:
         return bool(self.encoder.facts["reads_request_time"])
 
     def user_vectors(self, batches: Iterable[HSTUBatch], at: int | Sequence[int] | None = None) -> Tensor:
-        """Encode batches of histories into unit user vectors, float32 [users, E].
-
-        ``at``: time of the request, or of each, in whole seconds since 1970. None: the time of each newest event.
-        Raises ConfigError if the model does not read ``at``, and DataError for a history with later events.
-        """
+        """Encode batches of histories into unit user vectors, float32 [users, E]. ``at``: time of the request, or of
+        each, in whole seconds since 1970; None: the time of each newest event. Raises ConfigError if the model does not
+        read ``at``, and DataError for a history with later events."""
         self.check_request_time(at)
         times = iter(at) if isinstance(at, Sequence) else repeat(at)
         vectors = [torch.empty(0, self.config.network.item_width, device=self.mesh.device)]

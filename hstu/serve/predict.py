@@ -228,14 +228,11 @@ def _table(
 
 
 class RetrievalPredictor:
-    """Predicts the best items of each user, with columns user, item, rank (from 1) and score (cosine similarity).
-
-    Args:
-        top: items per user.
-        allowed: int64 codes of the only items to recommend. None: all.
-        denied: int64 codes of items to exclude.
-        keep_seen: also recommend items of the user's history. None: as RetrievalArgs.filter_seen says.
-        at: time of the request, see ``LoadedModel.user_vectors``.
+    """Predicts the ``top`` best items of each user, with columns user, item, rank (from 1) and score (cosine
+    similarity).
+    ``allowed``: int64 codes of the only items to recommend; None: all. ``denied``: of items to exclude. ``keep_seen``:
+    also recommend items of the user's history; None: as RetrievalArgs.filter_seen says. ``at``: time of the request,
+    see ``LoadedModel.user_vectors``.
 
     Raises DataError for a ranking model, or if no item is left, and ConfigError if the model does not read ``at``.
     """

@@ -242,7 +242,7 @@ def _logits(trained: LoadedModel, model: runtime.Model, requests: Requests) -> I
     for history, shown in zip(requests.histories, requests.candidates, strict=True):
         count = len(shown.items)
         room = (model.facts["candidates"]["most"] or count) if is_trained else 1
-        events = encoder.history(history, requests.at, model.facts["max_items"] - room)
+        (events,) = encoder.histories([(history, requests.at, model.facts["max_items"] - room)])
         parts = encoder.candidates(shown, history, requests.at, 1 if is_trained else count)
         sequences += [(events, part) for part in parts]
     first = 0

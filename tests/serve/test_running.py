@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from hstu import api
 from hstu.base.errors import ConfigError
@@ -14,6 +15,7 @@ from hstu.data.features.running import DAY_S
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.runtime import Candidates, History, ServingError
+from hstu.serve.runtime.encode import Encoder
 from tests.data.preprocess.test_running import make, ratings
 from tests.serve.served import Served, random_model, serve
 
@@ -44,15 +46,19 @@ def of_user(store: SequenceStore, row: int) -> History:
     return found
 
 
+def numbers(encoder: Encoder, history: History) -> Tensor:
+    (events,) = encoder.histories([(history, None, 20)])
+    assert events.numbers is not None
+    return events.numbers
+
+
 def test_an_export_computes_what_is_not_given(store: SequenceStore, served: Served) -> None:
     assert served.difference is not None and served.difference < 1e-5
     for row in range(5):
         history = of_user(store, row)
         bare, before = replace(history, features={}), history.cut(slice(-1))
         encoder = served.model.encoder
-        np.testing.assert_array_equal(
-            encoder.history(bare, None, 20).numbers, encoder.history(history, None, 20).numbers
-        )
+        np.testing.assert_array_equal(numbers(encoder, bare), numbers(encoder, history))
         newest = Candidates(history.items[-1:], {name: values[-1:] for name, values in history.features.items()})
         at = int(history.timestamps[-1])  # type: ignore[index]
         given, computed = (
@@ -67,8 +73,8 @@ def test_an_export_computes_what_is_not_given(store: SequenceStore, served: Serv
 def test_a_trained_model_computes_them_too(store: SequenceStore, served: Served) -> None:
     history = of_user(store, 3)
     encoder = served.trained.encoder
-    found = encoder.history(replace(history, features={}), None, 20).numbers
-    np.testing.assert_array_equal(found, encoder.history(history, None, 20).numbers)
+    found = numbers(encoder, replace(history, features={}))
+    np.testing.assert_array_equal(found, numbers(encoder, history))
 
 
 def test_later_days_know_all_of_the_data_and_unknown_items_nothing(store: SequenceStore, served: Served) -> None:

@@ -1,7 +1,5 @@
-"""Keys and values of the histories of users, so that a request computes only what is new since the one before.
-
-A layer reads earlier tokens only through their keys and values. Source: M-FALCON, arXiv 2402.17152, sec. 3.4.
-"""
+"""Keys and values of the histories of users, so that a request computes only what is new since the one before: a layer
+reads earlier tokens only through these. Source: M-FALCON, arXiv 2402.17152, sec. 3.4."""
 
 from __future__ import annotations
 

@@ -121,10 +121,6 @@ class Encoder:
         values += [f"… {entry['count']:,} values"] * (entry["count"] > len(values))
         return f"{name} ({'list of ' * entry['is_list']}{entry['type']}{': ' * bool(values)}{', '.join(values)})"
 
-    def history(self, history: History, at: int | None, room: int) -> Events:
-        """Encode one of the :meth:`histories`."""
-        return self.histories([(history, at, room)])[0]
-
     def histories(self, asked: Sequence[tuple[History, int | None, int]]) -> list[Events]:
         """Encode context and newest ``room`` events of each (history, time of the request, room). Raises ``error``."""
         runs = groupby(asked, lambda each: (len(each[0].items) > 0, each[0].features.keys()))

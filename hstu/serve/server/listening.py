@@ -22,10 +22,8 @@ _BACKLOG = 256
 
 class Server(uvicorn.Server):
     """Takes requests for ``drain_s`` seconds after SIGTERM, while GET /ready answers 503, and then ends in order.
-
     Ctrl-C, or a second SIGTERM, ends these seconds. Answers in them end their connections, so that no proxy sends its
-    next request into a connection that closes.
-    """
+    next request into a connection that closes."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         config = uvicorn.Config(
@@ -74,11 +72,9 @@ class _Parser(h11.Connection):
 
 
 class Connection(H11Protocol):
-    """A connection that must send each request, with its body, within ``timeout_keep_alive`` seconds.
-
-    ``timer`` ends it. It is cancelled while a request is being answered. While ``limit_concurrency`` connections are
-    open, a new one ends the one that has waited longest for a request.
-    """
+    """A connection that must send each request, with its body, within ``timeout_keep_alive`` seconds: ``timer`` ends
+    it, and is cancelled while a request is being answered. While ``limit_concurrency`` connections are open, a new one
+    ends the one that has waited longest for a request."""
 
     timer: asyncio.TimerHandle
 

@@ -243,7 +243,7 @@ class ServedModel:
             context={name: value for event in events for name, value in event.context.items()},
             features={name: [event.features[name] for event in ordered] for name in needed},
         )
-        self.model.encoder.history(history, None, len(events))
+        self.model.encoder.histories([(history, None, len(events))])
 
     def answer(self, requests: Sequence[User], cache: PrefixCache | None = None) -> list[Result]:
         """Answer requests together. One that fails gets its exception, a ServingError if it does not fit the model.

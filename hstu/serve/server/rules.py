@@ -86,11 +86,9 @@ class ItemFile(WatchedFile[pa.Table]):
 def chosen_items(
     scores: Tensor, asked: RecommendRequest, catalog: Catalog, vectors: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Choose up to ``asked.k`` of all items by the rules of a request.
-
-    Args:
-        scores: float32 [items + 1], -inf for items that may not be recommended.
-        vectors: unit vectors of the items, float32 [items + 1, E]; None: the request asks for no diversity.
+    """Choose up to ``asked.k`` of all items by the rules of a request. ``scores``: float32 [items + 1], -inf for items
+    that may not be recommended. ``vectors``: unit vectors of the items, float32 [items + 1, E]; None: the request asks
+    for no diversity.
 
     Returns the places of the items, best first, int64, and whether each was drawn at random. Raises ServingError.
     """

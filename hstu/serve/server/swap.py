@@ -32,11 +32,9 @@ class Found:
 
 
 def find_exports(root: Path) -> list[Found]:
-    """Find the exports of ``root``, newest first.
-
-    ``root`` is an export, its folder "serving", a folder with a link "latest" to an export, or a folder with several
-    exports. Hidden folders and those without a manifest are skipped as incomplete. Links are resolved to folders.
-    """
+    """The exports, newest first, of ``root``: an export, its folder "serving", a folder with a link "latest" to an
+    export, or one with several exports. Hidden folders and those without a manifest are skipped as incomplete. Links
+    are resolved to folders."""
     link = root / LATEST
     named = link if os.path.lexists(link) else root
     folders = [each for each in (named, named / SERVING) if (each / FACTS).is_file()][:1]

@@ -15,18 +15,19 @@ from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import is_of_negatives
 from hstu.data.batches.jagged import ranges, run_offsets
 from hstu.data.preprocess.running import learn_from
+from hstu.data.store.popularity import events_by_context, events_of_items
 from hstu.model.embedding import TableSpec
 from hstu.model.program import ServingProgram, key_of
 from hstu.parallel.tables import dynamic_tables
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.runtime.files import FORMAT, VERSION
+from hstu.serve.runtime.files import FORMAT, MOST_CONTEXTS, MOST_ITEMS_OF_CONTEXT, VERSION
 from hstu.serve.runtime.model import ITEM_VECTORS
 from hstu.train.builder import raw_ids
 from hstu.train.inference import StoredSource
 
 MOST_CANDIDATES = 256
 """Candidates per sequence if training does not set a limit."""
-_ROWS_AT_ONCE, _EVENTS_AT_ONCE = 1 << 16, 1 << 24
+_ROWS_AT_ONCE = 1 << 16
 
 
 def check_can_be_served(trained: LoadedModel) -> None:
@@ -74,10 +75,12 @@ def collect(
         ids, codes = features.item_ids(), np.arange(source.cardinalities[source.roles.item], dtype=np.int64)
         places = codes_of(trained.model_ids(codes), ids)  # index in ``ids`` of each item of the data
         vocabulary |= _items(trained, features, places, len(ids))
-        events = source.store.sequence(facts["item"])
-        some = np.array_split(events, 1 + len(events) // _EVENTS_AT_ONCE)
-        counts = sum(np.bincount(places[each], minlength=len(ids)) for each in some)
-        vocabulary["popularity"] = torch.from_numpy(np.asarray(counts))
+        popularity = np.zeros(len(ids), dtype=np.int64)
+        popularity[places] = events_of_items(source.store, np.arange(source.store.num_users))
+        vocabulary["popularity"] = torch.from_numpy(popularity)
+        bounds = MOST_CONTEXTS, MOST_ITEMS_OF_CONTEXT
+        facts["popular_in"], items, events = events_by_context(source.store, facts["contextual"], *bounds)
+        vocabulary["popular_in"] = torch.from_numpy(np.stack([places[items], events], axis=1))
         if trained.encoder.running_names:
             learnt = learn_from(source.store, places).tables
             vocabulary |= {f"running.{name}": table for name, table in learnt.items()}

@@ -12,14 +12,18 @@ from pathlib import Path
 from time import time as clock
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from hstu.base.errors import ConfigError
+from hstu.data.store.popularity import events_by_context
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.serve.runtime import Candidates, History
+from hstu.serve.runtime.files import VOCABULARY
 from hstu.serve.server import users as users_module
 from hstu.serve.server.batching import Metrics, Settings
-from hstu.serve.server.model import EventsRequest, ServedModel, User
+from hstu.serve.server.model import EventsRequest, RecommendRequest, ServedModel, User
 from hstu.serve.server.users import Store, Users, open_store
 from tests.serve.http_server import Client, redis_server, serving, started, until
 from tests.serve.served import Served
@@ -183,8 +187,44 @@ def test_what_is_popular_are_the_events_of_all_servers_of_a_store(
         users.close()
 
 
+def scores_of(answer: Any) -> dict[Any, float]:
+    return {each["item"]: each["score"] for each in answer["items"]}
+
+
+def in_towns(features: SequenceStore) -> np.ndarray:
+    """Events by town and item, [3, items]."""
+    towns = np.repeat(features.context("town"), np.diff(features.offsets()))
+    return np.stack([np.bincount(features.sequence("item_id")[towns == town], minlength=11) for town in range(3)])
+
+
+def test_a_server_that_has_just_started_knows_what_is_popular_in_a_context(
+    retrieval: Served, features: SequenceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts, overall = in_towns(features), in_towns(features).sum(axis=0)
+    with serving(retrieval, Settings()) as client:
+        for town in range(3):
+            expected = counts[town] + 10 * overall / overall.max()
+            found = client.post("/recommend", {"items": [], "k": 11, "context": {"town": town}}).json
+            assert (found["fallback"], found["popular_in"]) == ("popular", [f"town={town}"])
+            assert scores_of(found) == pytest.approx(dict(enumerate(expected / expected.max(), 1000)), 1e-5)
+    for each in (retrieval.model.facts, retrieval.model.contents.tensors[VOCABULARY]):  # as of an older export
+        monkeypatch.delitem(each, "popular_in")
+    asked = RecommendRequest.model_validate({"items": [], "k": 11, "context": {"town": 0}})
+    (found,) = ServedModel(retrieval.model, "older").answer([asked])
+    assert isinstance(found, dict) and found["popular_in"] == []
+    assert scores_of(found) == pytest.approx(dict(enumerate(overall / overall.max(), 1000)), 1e-5)
+
+
+def test_events_of_contexts_are_those_of_their_most_popular_values_and_items(features: SequenceStore) -> None:
+    every = in_towns(features)
+    town = int(every.sum(axis=1).argmax())
+    counts, items, events = events_by_context(features, ["user_id", "town"], 1, 4)
+    assert counts == {f"town={town}": 4}
+    assert sorted(events) == sorted(every[town])[-4:] and (every[town][items] == events).all()
+
+
 def test_what_is_popular_in_a_context_is_answered_also_after_a_restart(
-    retrieval: Served, place: str, monkeypatch: pytest.MonkeyPatch
+    retrieval: Served, features: SequenceStore, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(users_module, "_COUNT_S", 0)
     now, numbers, known = int(clock()), [30, 20, 5], retrieval.model.popularity  # 5 events of a town are not enough
@@ -193,6 +233,10 @@ def test_what_is_popular_in_a_context_is_answered_also_after_a_restart(
     events = [event(now, 1001 + town, each, context={"town": town}) for each, town in enumerate(towns)]
     counts = torch.tensor([0, *numbers, *[0] * (len(known) - 4)])
     overall = (10 * known + counts) / (10 * known + counts).max()
+
+    def close_to(scores: torch.Tensor) -> Any:
+        return pytest.approx(dict(enumerate((scores / scores.max()).tolist()[:11], 1000)), 1e-3)
+
     for is_new in (True, False):
         with serving(retrieval, Settings(poll_s=0.02, users=place)) as client:
 
@@ -200,14 +244,15 @@ def test_what_is_popular_in_a_context_is_answered_also_after_a_restart(
                 return client.post("/recommend", {"items": [], "k": 11, "context": context}).json
 
             assert not is_new or client.post("/events", {"events": events}).json["in_order"] == 55
-            until(lambda: popular(town=0)["popular_in"])
-            for town, contexts in ((0, ["town=0"]), ("1", ["town=1"]), (2, []), (9, [])):
-                scores = 10 * overall + counts * (torch.arange(len(counts)) == int(town) + 1) * bool(contexts)
-                found, expected = popular(town=town), (scores / scores.max()).tolist()
-                assert (found["fallback"], found["popular_in"]) == ("popular", contexts)
-                assert {each["item"]: each["score"] for each in found["items"]} == {
-                    1000 + item: pytest.approx(expected[item], 1e-3) for item in range(11)
-                }
+            until(lambda: scores_of(popular()) == close_to(overall))
+            for town, is_enough in ((0, True), ("1", True), (2, False)):
+                scores = 10 * overall[:11] + torch.from_numpy(in_towns(features)[int(town)])
+                if is_enough:
+                    scores = 10 * scores / scores.max() + counts[:11] * (torch.arange(11) == int(town) + 1)
+                found = popular(town=town)
+                assert (found["fallback"], found["popular_in"]) == ("popular", [f"town={town}"])
+                assert scores_of(found) == close_to(scores)
+            assert popular(town=9)["popular_in"] == [] and scores_of(popular(town=9)) == close_to(overall)
             wrong = client.post("/events", {"events": [event(now, context={"twon": 0})]}).json
             for mistake in (popular(twon=0), wrong):
                 assert "no contextual feature 'twon'; it has town (" in mistake["error"]
@@ -216,8 +261,8 @@ def test_what_is_popular_in_a_context_is_answered_also_after_a_restart(
 def test_counts_of_contexts_are_bounded_and_a_number_counts_as_its_range(
     ranking: Served, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, most in (("COUNT_S", 0), ("MOST_CONTEXTS", 2), ("MOST_ITEMS", 4), ("MOST_ITEMS_OF_CONTEXT", 2)):
-        monkeypatch.setattr(users_module, f"_{name}", most)
+    for name, most in (("_COUNT_S", 0), ("MOST_CONTEXTS", 2), ("_MOST_ITEMS", 4), ("MOST_ITEMS_OF_CONTEXT", 2)):
+        monkeypatch.setattr(users_module, name, most)
     monkeypatch.setitem(ranking.model.facts, "contextual", ["watched"])
     users, served, now = Users(store, Metrics()), ServedModel(ranking.model, "first"), int(clock())
     features = dict.fromkeys(served.event_features)

@@ -32,6 +32,8 @@ Changes = Mapping[str, Tensor]
 ``moves/<kind of rows>``, int64 [runs, 2]: for all rows in order, (first row in the base, or -1 for new ones; number).
 ``<file>/<tensor>/values``: the rows at the runs ``<file>/<tensor>/rows``, or the whole tensor.
 """
+MOST_CONTEXTS, MOST_ITEMS_OF_CONTEXT = 200, 1_000
+"""Of the events of contexts: those of the values, and of the items of each, with the most events are counted."""
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "I8": torch.int8,
     "U8": torch.uint8,

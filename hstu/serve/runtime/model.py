@@ -382,6 +382,13 @@ class Model:
         counts = self.contents.tensors[VOCABULARY].get("popularity")
         return None if counts is None else torch.nn.functional.pad(counts / counts.max().clamp(min=1), (0, 1))
 
+    @property
+    def popular_in(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Context, such as "country=DE" → its items with the most events in the data, int64 [n]; their events, [n]."""
+        rows = self.facts.get("popular_in", {})  # older exports lack it
+        counted = self.contents.tensors[VOCABULARY].get("popular_in", torch.empty(0, 2)).split([*rows.values()])
+        return {context: (own[:, 0], own[:, 1].float()) for context, own in zip(rows, counted, strict=True)}
+
 
 def _program_of(contents: Contents, like: Model | None) -> tuple[Callable[..., Sequence[Tensor]], str | None]:
     """(what maps inputs and weights to outputs: the compiled program, if it fits this machine; why it does not)."""

@@ -23,7 +23,7 @@ _MAX_EXPLAINED, _MAX_COMPARED, _COMPARED_AT_ONCE = 10, 50, 2
 """Of an explanation: candidates, events to leave out, and how many of them before other requests are answered."""
 _MAX_TEXT = 1_000
 _MOST_OF_DATA, _LEAST_OF_CONTEXT = 10, 10
-"""New events as which the data's most popular item counts, others in proportion; how many a context must have."""
+"""New events as which the data's most popular item counts, others in proportion; events that a context must have."""
 _NOT_FINITE = "the model gives no finite number for this request; look for extreme numbers in it"
 
 Text = Annotated[StrictStr, Field(max_length=_MAX_TEXT)]
@@ -165,15 +165,15 @@ class ServedModel:
         self.popularity = model.popularity
         """Score of each item for users without events, [items + 1]."""
         self.recent: Recent = {}
-        self._recent_in: dict[str, tuple[Tensor, Tensor]] = {}
-        """Context with enough new events → their items, int64 [n], and how many there are, float32 [n]."""
+        self._data_in, self._recent_in = _with_enough(model.popular_in), dict[str, tuple[Tensor, Tensor]]()
+        """Context with enough events of the data, of new ones → their items, int64 [n], and how many, float32 [n]."""
         self._titles = [title.casefold() for title in model.titles]
 
     def set_recent(self, recent: Recent) -> None:
         """Count new events as popularity, too."""
         self.recent, items, known = recent, self.model.encoder.items, self.model.popularity
         found = {context: (items.places([*own]), torch.tensor([*own.values()])) for context, own in recent.items()}
-        self._recent_in = {context: own for context, own in found.items() if own[1].sum() >= _LEAST_OF_CONTEXT}
+        self._recent_in = _with_enough(found)
         counts = torch.zeros(items.size + 1)
         if "" in found:
             counts[found[""][0]] = found[""][1]
@@ -192,17 +192,19 @@ class ServedModel:
         return found
 
     def _in_context(self, scores: Tensor, context: Mapping[str, Any]) -> tuple[Tensor, list[str]]:
-        """``popularity`` with the new events in a context, and which of its values have enough of them."""
-        recent, named = self._recent_in, self.model.facts["contextual"]
+        """``popularity`` with the events in a context, the data's before new ones; its values with enough of them."""
+        every, named = (self._data_in, self._recent_in), self.model.facts["contextual"]
         if unknown := [name for name in context if name not in named]:
             has = ", ".join(map(self.model.encoder.text_of, named)) or "none"
             raise ServingError(f"the model has no contextual feature {unknown[0]!r}; it has {has}")
-        if own := [each for each in self.contexts_of(context) if each in recent]:
-            scores = _MOST_OF_DATA * scores
-            for each in own:
-                scores[recent[each][0]] += recent[each][1]
-            scores /= scores[:-1].max()
-        return scores, own
+        values = self.contexts_of(context)
+        for counts in every:
+            if own := [counts[each] for each in values if each in counts]:
+                scores = _MOST_OF_DATA * scores
+                for places, events in own:
+                    scores[places] += events
+                scores /= scores[:-1].max()
+        return scores, [each for each in values if any(each in counts for counts in every)]
 
     def falls_back(self, request: User) -> bool:
         """Whether a user without events gets popular items."""
@@ -380,6 +382,10 @@ class ServedModel:
             more = [{"place": place + older, "difference": change} for change, place in largest]
             why.append([item | own for item, own in zip(titled, more, strict=True)])
         yield {**answer, "prediction": name, "compared_events": len(compared), "read_events": read, "why": why}
+
+
+def _with_enough(counts: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {context: own for context, own in counts.items() if own[1].sum() >= _LEAST_OF_CONTEXT}
 
 
 def _named(request: User) -> Candidates:

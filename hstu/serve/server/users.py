@@ -15,6 +15,7 @@ from typing import Any
 
 from hstu.base.errors import ConfigError
 from hstu.serve.runtime import History, ServingError
+from hstu.serve.runtime.files import MOST_CONTEXTS, MOST_ITEMS_OF_CONTEXT
 
 from .batching import Metrics
 from .model import MAX_EVENTS, Answer, Event, EventsRequest, Recent, ServedModel, User
@@ -27,8 +28,8 @@ _POSITION, _RECENT = b"\xffposition:", b"\xffpopular"
 _WAIT_S = 30
 """How long SQLite waits for another server's transaction."""
 _HALF_LIFE_S, _COUNT_S = 86_400, 60
-_MOST_ITEMS, _MOST_CONTEXTS, _MOST_ITEMS_OF_CONTEXT = 100_000, 200, 1_000
-"""Of the counts of new events: those with the most events are kept."""
+_MOST_ITEMS = 100_000
+"""Of the counts of new events in all contexts: those with the most events are kept."""
 _no_counts = partial(defaultdict[str, defaultdict[str, float]], partial(defaultdict[str, float], float))
 _KEEPS_NONE = "this server keeps no users; start it with --users FILE"
 
@@ -276,8 +277,8 @@ class Users:
                     for item, count in own.items():
                         counts[context][item] += count * factor
             self._recent = recent = {}
-            for context in sorted(counts, key=lambda each: -sum(counts[each].values()))[: 1 + _MOST_CONTEXTS]:
-                largest = Counter(counts[context]).most_common(_MOST_ITEMS_OF_CONTEXT if context else _MOST_ITEMS)
+            for context in sorted(counts, key=lambda each: -sum(counts[each].values()))[: 1 + MOST_CONTEXTS]:
+                largest = Counter(counts[context]).most_common(MOST_ITEMS_OF_CONTEXT if context else _MOST_ITEMS)
                 recent[context] = {item: count for item, count in largest if count > 0.01}
             return {_RECENT: json.dumps([now, recent])} if counts else {}
 

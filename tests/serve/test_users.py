@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hstu.base.errors import ConfigError
-from hstu.data.store.popularity import events_by_context
+from hstu.data.store import popularity
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.serve.runtime import Candidates, History
 from hstu.serve.runtime.files import VOCABULARY
@@ -215,12 +215,18 @@ def test_a_server_that_has_just_started_knows_what_is_popular_in_a_context(
     assert scores_of(found) == pytest.approx(dict(enumerate(overall / overall.max(), 1000)), 1e-5)
 
 
-def test_events_of_contexts_are_those_of_their_most_popular_values_and_items(features: SequenceStore) -> None:
+def test_events_of_contexts_are_those_of_their_most_popular_values_and_items(
+    features: SequenceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     every = in_towns(features)
     town = int(every.sum(axis=1).argmax())
-    counts, items, events = events_by_context(features, ["user_id", "town"], 1, 4)
+    counts, items, events = popularity.events_by_context(features, ["user_id", "town"], 1, 4)
     assert counts == {f"town={town}": 4}
     assert sorted(events) == sorted(every[town])[-4:] and (every[town][items] == events).all()
+    users = np.bincount(features.context("town"))
+    monkeypatch.setattr(popularity, "_LEAST_USERS", users.min() + 1)
+    kept = {f"town={town}" for town, number in enumerate(users) if number > users.min()}
+    assert popularity.events_by_context(features, ["town"], 3, 4)[0].keys() == kept
 
 
 def test_what_is_popular_in_a_context_is_answered_also_after_a_restart(

@@ -6,6 +6,8 @@ from hstu.data.batches.jagged import ranges
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 
 _EVENTS_AT_ONCE = 1 << 24
+_LEAST_USERS = 5
+"""What is popular among fewer users would tell what one of them has done."""
 
 
 def events_of_items(store: SequenceStore, users: np.ndarray) -> np.ndarray:
@@ -22,13 +24,15 @@ def events_by_context(
     store: SequenceStore, features: list[str], most_values: int, most_items: int
 ) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
     """(context, such as "country=DE" → number of its n rows; codes of its items with the most events, int64 [Σ n]; how
-    many events these are). ``features``: contextual ones, but for ids of users; ``most_values`` of each are counted."""
+    many events these are). ``features``: contextual ones, but for ids of users; of each the ``most_values`` with the
+    most events are counted, if they have 5 users."""
     counts, items, numbers = dict[str, int](), [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     lengths = np.diff(store.offsets())
     for name in features:
         if name != USER_FEATURE:
             codes = np.asarray(store.context(name))
             largest = np.argsort(-np.bincount(codes, weights=lengths), kind="stable")[:most_values]
+            largest = largest[np.bincount(codes)[largest] >= _LEAST_USERS]
             values = store.raw_ids(name)[largest] if store.feature(name).has_vocab else largest
             for code, value in zip(largest, values, strict=True):
                 events = events_of_items(store, np.flatnonzero(codes == code))

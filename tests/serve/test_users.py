@@ -366,8 +366,7 @@ def test_a_place_that_is_no_store_is_refused_at_start(place: str, tmp_path: Path
 def test_servers_that_make_one_store_at_once_wait_for_each_other(tmp_path: Path) -> None:
     place = str(tmp_path / "users.db")
     other = sqlite3.connect(place, isolation_level=None)
-    other.execute("CREATE TABLE it_is_making (a)")
-    other.execute("BEGIN IMMEDIATE")
+    other.executescript("CREATE TABLE it_is_making (a); BEGIN IMMEDIATE")
     with ThreadPoolExecutor(1) as pool:
         opened = pool.submit(open_store, place)
         assert wait([opened], timeout=0.2).not_done

@@ -38,6 +38,7 @@ ON_TENSOR_CORES = ("attention_forward", "linear_silu")
 VARIANTS = {f"{v.op} {v.head_dim} {v.description}": v for v in variants()}
 MAIN = {
     "hstu_attention 128 causal, bfloat16": 90,
+    "hstu_attention 64 causal, bias, bfloat16": 80,
     "add_layer_norm 0 [T, 1024], float32 residual, bfloat16 update": 80,
     "norm_mul_dropout 64 2 heads, heads on 2 ranks": 90,
     "uvqk 256 1024 → 2 × 4 × 256, bfloat16": 90,

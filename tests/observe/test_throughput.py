@@ -165,7 +165,7 @@ def test_a_cpu_is_measured_in_a_moment(dtype: torch.dtype) -> None:
     begun = time.process_time()
     peak, origin = peak_tflops(torch.device("cpu"), dtype)
     # Processor time of all threads: the wall clock of a loaded machine says nothing.
-    assert (time.process_time() - begun) / torch.get_num_threads() < 2.0
+    assert (time.process_time() - begun) / torch.get_num_threads() < 1.0
     assert 1e-4 < peak < 100
     assert "measured" in origin
     assert "cpu" in origin

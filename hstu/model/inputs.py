@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu.base.errors import ConfigError, DataError
-from hstu.config.args import NetworkArgs
+from hstu.config.args import NetworkArgs, RankingArgs
 from hstu.config.args.network import SIDE_WIDTH
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import NEGATIVES, POOL, HSTUBatch
@@ -18,6 +18,7 @@ from hstu.data.batches.jagged import sequence_tokens
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.features.values import NUM_QUANTILES
 from hstu.data.store.layout import NumberStatistics
+from hstu.model.factors import OnlineFactors
 from hstu.model.heads import MLP
 from hstu.ops.comm import LayerComm
 from hstu.ops.dropout import dropout
@@ -36,6 +37,8 @@ class SequenceFeatures(FeatureRoles):
     """Items of the longest sequence, candidates included."""
     transforms: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     """Number or vector → NumericFeatureArgs.transform, if set."""
+    classes: range = field(default=range(0), kw_only=True)
+    """Numbers of the action that a ranking model predicts as classes; empty if it does not."""
     asks_for_next: bool = field(default=True, kw_only=True)
     """Argument of build_layout; see DatasetArgs.query_time."""
 
@@ -48,10 +51,17 @@ class SequenceFeatures(FeatureRoles):
         }
 
     @classmethod
-    def of(cls, config: RunConfig, roles: FeatureRoles) -> Self:
-        """The sequences of a run whose data has these roles."""
-        transforms = {name: args.transform for args in config.numbers for name in args.feature_names}
-        return cls(**vars(roles), max_items=config.max_items, transforms=transforms, asks_for_next=config.asks_for_next)
+    def of(cls, config: RunConfig, roles: FeatureRoles, first_class: int = 0) -> Self:
+        """The sequences of a run whose data has these roles. first_class: the action that stands for class 0."""
+        args = config.task_args
+        number = args.num_classes if isinstance(args, RankingArgs) else 0
+        return cls(
+            **vars(roles),
+            max_items=config.max_items,
+            transforms={name: args.transform for args in config.numbers for name in args.feature_names},
+            classes=range(first_class, first_class + number),
+            asks_for_next=config.asks_for_next,
+        )
 
     def tokens_per_item(self, network: NetworkArgs) -> int:
         """Tokens per item."""
@@ -100,6 +110,9 @@ class SequenceInputs(nn.Module):
             if width := len(names) * SIDE_WIDTH + (numbers[role].out_width if role in numbers else 0):
                 widths[role] = width
         self.projections = nn.ModuleDict({role: MLP(width, (hidden, hidden), "silu") for role, width in widths.items()})
+        self.factors: OnlineFactors | None = None
+        if network.num_factors:
+            self.factors = OnlineFactors(hidden, network.num_factors, features.classes)
         self.position_table: nn.Parameter | None = None
         if "absolute" in network.position_encoding:
             self.position_table = nn.Parameter(torch.randn(network.num_position_buckets, hidden) / self.scale)
@@ -153,10 +166,14 @@ class SequenceInputs(nn.Module):
         of_actions = rows[-1]
         own = range(of_actions.start, of_items.stop)  # a range may begin with an action and end with an item
         num_items = int(batch.item_lengths.sum())
-        items, actions = self._embed("item", self.features.item, embeddings, num_items, own), None
+        read = own if self.factors is None else range(num_items)
+        items, actions = self._embed("item", self.features.item, embeddings, num_items, read), None
         if self.features.action is not None:
-            actions = self._embed("action", self.features.action, embeddings, num_items, own)
-        side = {role: self._embed_side(role, embeddings, batch, own) for role in self.side if role in self.projections}
+            actions = self._embed("action", self.features.action, embeddings, num_items, read)
+        side = {role: self._embed_side(role, embeddings, batch, read) for role in self.side if role in self.projections}
+        if self.factors is not None and actions is not None:
+            items, actions = (_rows(rows, own) for rows in self._with_factors(items, actions, side, batch))
+            side = {role: _rows(rows, own) for role, rows in side.items()}
         if self.tokens_per_item == 2:
             items, actions = self.combined(items, actions, side)
             ends = len(own) - len(of_items), len(of_actions)
@@ -167,6 +184,16 @@ class SequenceInputs(nn.Module):
         flags = np.repeat(np.tile([True, False], len(kinds)), kinds.reshape(-1))  # False for candidates
         is_history = to_device(flags[own.start : own.stop], actions.device)
         return [*parts, *self.combined(items, actions, side, is_history)]
+
+    def _with_factors(
+        self, items: Tensor, actions: Tensor, side: Mapping[str, Tensor], batch: HSTUBatch
+    ) -> tuple[Tensor, Tensor]:
+        """The projected rows of all items and actions of the batch, with what ``factors`` adds to them."""
+        assert self.factors is not None and self.features.action is not None
+        classes = batch.features[self.features.action].values()
+        sizes = batch.item_lengths, batch.num_candidates_host
+        of_items, of_actions = self.factors(items + side["side"] if "side" in side else items, classes, *sizes)
+        return items + of_items, actions + of_actions
 
     def combined(
         self, items: Tensor, actions: Tensor | None, side: Mapping[str, Tensor], is_history: Tensor | None = None

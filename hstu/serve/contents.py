@@ -38,6 +38,11 @@ def check_can_be_served(trained: LoadedModel) -> None:
             f"cannot export a program: with NetworkArgs.target_group_size = {network.target_group_size} a "
             "candidate sees the actions on others of its group, which a request does not know. Train with 1"
         )
+    if network.num_factors:
+        raise ConfigError(
+            "cannot export a program: programs do not compute NetworkArgs.num_factors. Evaluate and predict from the "
+            "checkpoint, or train without"
+        )
     if isinstance(trained.source, StoredSource) and roles.tower:
         why = "the model reads the features of all items from the data"
         raise DataError(f"cannot export a program: {why}. {trained.source.missing}")

@@ -277,7 +277,8 @@ def task_module(
     log_counts: LogCounts | None = None,
 ) -> TaskModel:
     """Build the task's module, independent of data, ranks and device. ``codes``: empty if classes begin at 0."""
-    encoder = SequenceEncoder(config.network, SequenceFeatures.of(config, roles), kernels)
+    features = SequenceFeatures.of(config, roles, codes[0].first if codes else 0)
+    encoder = SequenceEncoder(config.network, features, kernels)
     args = config.task_args
     if isinstance(args, RetrievalArgs):
         return RetrievalDense(encoder, args, gather_pool, log_counts)

@@ -80,6 +80,10 @@ class NetworkArgs(Args):
     without a kernel in kernel_backend is no error."""
     target_group_size: int = option(1, changes="model", minimum=1)
     """Candidates per group. A candidate attends to the history and to the candidates of its own group."""
+    num_factors: int = option(0, changes="model", minimum=0, maximum=256)
+    """Above 0, in ranking of an action with classes in order, such as stars: factors of a model inside the network, of
+    items × user, that is fitted anew to the history before each event. Items read what it expects, and actions by how
+    much they differ. AUC>=4 of MovieLens-1M: see docs/choosing.md."""
     num_position_buckets: int = option(
         8192, changes="model", minimum=1, maximum=10_000_000, needs=having("position_encoding", "absolute")
     )

@@ -161,6 +161,12 @@ class RankingArgs(Args):
     """Metrics. AUC>=K is the AUC of "the class is at least K", for star ratings."""
 
     @property
+    def num_classes(self) -> int:
+        """Classes of the action; 0 if something else is predicted."""
+        is_of_bits = self.tasks is not None or self.prediction_head_arch[-1] == self.num_tasks
+        return 0 if is_of_bits else self.prediction_head_arch[-1]
+
+    @property
     def loss_names(self) -> list[str]:
         """Names of the tasks in metrics, each of which has a part of the loss; empty if there is one task."""
         bits = self.num_tasks if self.prediction_head_arch[-1] == self.num_tasks else 0

@@ -172,6 +172,14 @@ def spans_fit_the_layers(run: RunConfig, network: NetworkArgs) -> Iterator[Probl
         yield problem(network, "max_attention_span", f"{text}; write one number for all layers, or as many")
 
 
+def factors_have_classes(run: RunConfig) -> Iterator[Problem]:
+    args = run.task_args
+    if run.network.num_factors and not (isinstance(args, RankingArgs) and args.num_classes):
+        text = "needs a ranking model of an action with classes in order: RankingArgs.tasks = None, and a last width of "
+        text += "RankingArgs.prediction_head_arch that is the number of classes; remove this otherwise"
+        yield problem(run.network, "num_factors", text)
+
+
 def truncation_leaves_layers(run: RunConfig, network: NetworkArgs) -> Iterator[Problem]:
     if network.truncate_after_layer is not None and network.truncate_after_layer >= network.num_layers:
         text = f"must be below {cited(network, 'num_layers')}, or no layer follows; change it or remove it"
@@ -279,6 +287,7 @@ def _any_of(values: tuple[str, ...]) -> str:
 RULES = (
     features_have_one_role, numbers_are_described_once, candidates_leave_history, labels_are_not_inputs,
     ranking_has_actions, position_encodings_combine, tasks_have_different_names, masks_hide_the_labels,
+    factors_have_classes,
 )  # fmt: skip
 RULES_OF: RulesOf = {
     DatasetArgs: (

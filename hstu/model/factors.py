@@ -1,0 +1,91 @@
+"""A factor model of actions inside the network: what a user's earlier actions tell of the next one."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hstu.ops.layout import to_device
+
+_CHUNK = 256
+"""Events that are summed with one product. Longer sequences take one after another, so memory grows with the length."""
+_NOISE, _FORGOTTEN = 0.6, 0.003
+"""Initial variance of the noise, and initial share of what is known that each event takes away."""
+
+
+class OnlineFactors(nn.Module):
+    """Bayesian regression of a sequence's actions on the vectors of their items, event by event, in closed form.
+
+    A class v of the action has a learned value, at first in equal steps. For item i it is modelled as c_i + w_i · z +
+    noise, where (c_i, w_i) is a linear function of the item's token, z from N(0, 1) is the user's, and σ² the variance
+    of the noise:
+
+        precision of z before event t:   P_t = 1 + Σ γ^(t − s) w_s w_sᵀ / σ²,   s < t
+        expectation of z:                m_t = P_t⁻¹ Σ γ^(t − s) w_s (v_s − c_s) / σ²
+
+    γ forgets old events. All of it is learned with the network by its loss. It is the least squares in context of a mesa-layer
+    (von Oswald et al., arXiv 2309.05858), with the uncertainty of a probabilistic factor model.
+
+    Args:
+        width: of the tokens.
+        num_factors: width k of z.
+        classes: the numbers of the action, in the order of what they mean, such as stars.
+    """
+
+    def __init__(self, width: int, num_factors: int, classes: range) -> None:
+        super().__init__()
+        self.num_factors, self.classes = num_factors, classes
+        self.of_items = nn.Linear(width, 1 + num_factors)
+        self.values = nn.Parameter(torch.linspace(-2, 2, len(classes)))
+        self.before, self.after = nn.Linear(2, width), nn.Linear(1, width)
+        nn.init.normal_(self.of_items.weight, std=0.1)
+        with torch.no_grad():
+            self.of_items.bias.copy_(torch.eye(1 + num_factors)[1] * 0.4)  # one factor: how high the user's values are
+        # Of one dimension, since FSDP refuses scalars.
+        self.log_noise = nn.Parameter(torch.tensor([math.log(_NOISE)]))
+        self.log_forgotten = nn.Parameter(torch.tensor([math.log(_FORGOTTEN)]))
+
+    def forward(self, items: Tensor, actions: Tensor, lengths: np.ndarray, candidates: np.ndarray) -> list[Tensor]:
+        """What is added to the tokens of T items, and to those of their actions: float32 [T, width] each.
+
+        To an item: the expected value of its action and the standard deviation, from the history before it. To an
+        action: by how many deviations its value differs from that. ``items``: tokens [T, width], sequence after
+        sequence. ``actions``: their classes, int64 [T]. ``lengths``, ``candidates``: items of each sequence, and those
+        that come last and whose actions tell nothing, int64 [B] on the host.
+        """
+        longest, place = int(lengths.max()), np.concatenate([*map(np.arange, lengths)])
+        index = to_device(np.repeat(np.arange(len(lengths)) * longest, lengths) + place, items.device)
+        is_history = to_device((place < np.repeat(lengths - candidates, lengths)).astype(np.float32), items.device)
+        with torch.autocast(items.device.type, enabled=False):
+            value = self.values[(actions - self.classes.start).clamp(0, len(self.classes) - 1), None]
+            events = torch.cat([self.of_items(items.float()), value, is_history[:, None]], dim=1)
+            padded = events.new_zeros(len(lengths) * longest, events.shape[1]).index_copy(0, index, events)
+            expected, deviation = self._known(padded.unflatten(0, (len(lengths), longest)))
+            known = torch.stack([expected, deviation], dim=2).flatten(0, 1).index_select(0, index)
+            return [self.before(known), self.after((value - known[:, :1]) / known[:, 1:])]
+
+    def _known(self, events: Tensor) -> tuple[Tensor, Tensor]:
+        """Expected values and deviations, [B, L] each. events: (c, w, value, is history), [B, L, k + 3]."""
+        constant, weights, value, is_history = events.split([1, self.num_factors, 1, 1], dim=2)
+        noise, forgotten = self.log_noise.exp(), self.log_forgotten.exp()
+        told = weights[..., None] * torch.cat([weights, value - constant], dim=2)[..., None, :]
+        sums = _sums_before((told * (is_history / noise)[..., None]).flatten(2), forgotten).unflatten(2, told.shape[2:])
+        precision = sums[..., :-1] + torch.eye(self.num_factors, device=events.device)
+        factor = torch.linalg.cholesky_ex(precision).L  # the other function waits for the device to check the result
+        solved = torch.cholesky_solve(torch.cat([sums[..., -1:], weights[..., None]], dim=3), factor)
+        mean, spread = (weights[..., None, :] @ solved).squeeze(2).unbind(2)
+        return constant.squeeze(2) + mean, (spread + noise).sqrt()
+
+
+def _sums_before(values: Tensor, forgotten: Tensor) -> Tensor:
+    """Σ exp(−forgotten (t − s)) values_s over s < t, [B, L, n]."""
+    found, total = [], values[:, :1] * 0
+    for chunk in values.split(_CHUNK, dim=1):
+        age = torch.arange(1 + chunk.shape[1], device=values.device)
+        ages = age[1:, None] - age[1:]
+        decay = torch.where(ages > 0, torch.exp(-forgotten * ages.clamp(min=0)), 0.0)
+        left = torch.exp(-forgotten * age)
+        found.append(decay @ chunk + left[1:, None] * total)
+        total = left[-1] * total + left[:-1].flip(0) @ chunk
+    return torch.cat(found, dim=1)

@@ -1,7 +1,5 @@
 """A factor model of actions inside the network: what a user's earlier actions tell of the next one."""
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -18,14 +16,14 @@ class OnlineFactors(nn.Module):
     """Bayesian regression of a sequence's actions on the vectors of their items, event by event, in closed form.
 
     A class v of the action has a learned value, at first in equal steps. For item i it is modelled as c_i + w_i · z +
-    noise, where (c_i, w_i) is a linear function of the item's token, z from N(0, 1) is the user's, and σ² the variance
+    noise, where (c_i, w_i) is a linear function of the item's token, z from N(0, I) is the user's, and σ² the variance
     of the noise:
 
-        precision of z before event t:   P_t = 1 + Σ γ^(t − s) w_s w_sᵀ / σ²,   s < t
+        precision of z before event t:   P_t = I + Σ γ^(t − s) w_s w_sᵀ / σ²,   s < t
         expectation of z:                m_t = P_t⁻¹ Σ γ^(t − s) w_s (v_s − c_s) / σ²
 
-    γ forgets old events. All of it is learned with the network by its loss. It is the least squares in context of a mesa-layer
-    (von Oswald et al., arXiv 2309.05858), with the uncertainty of a probabilistic factor model.
+    γ forgets old events. All of it is learned with the network by its loss. It is the least squares in context of a
+    mesa-layer (von Oswald et al., arXiv 2309.05858), with the uncertainty of a probabilistic factor model.
 
     Args:
         width: of the tokens.
@@ -42,9 +40,8 @@ class OnlineFactors(nn.Module):
         nn.init.normal_(self.of_items.weight, std=0.1)
         with torch.no_grad():
             self.of_items.bias.copy_(torch.eye(1 + num_factors)[1] * 0.4)  # one factor: how high the user's values are
-        # Of one dimension, since FSDP refuses scalars.
-        self.log_noise = nn.Parameter(torch.tensor([math.log(_NOISE)]))
-        self.log_forgotten = nn.Parameter(torch.tensor([math.log(_FORGOTTEN)]))
+        # Logarithms of what both constants are multiplied by. Of one dimension, since FSDP refuses scalars.
+        self.log_noise, self.log_forgotten = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
 
     def forward(self, items: Tensor, actions: Tensor, lengths: np.ndarray, candidates: np.ndarray) -> list[Tensor]:
         """What is added to the tokens of T items, and to those of their actions: float32 [T, width] each.
@@ -68,7 +65,7 @@ class OnlineFactors(nn.Module):
     def _known(self, events: Tensor) -> tuple[Tensor, Tensor]:
         """Expected values and deviations, [B, L] each. events: (c, w, value, is history), [B, L, k + 3]."""
         constant, weights, value, is_history = events.split([1, self.num_factors, 1, 1], dim=2)
-        noise, forgotten = self.log_noise.exp(), self.log_forgotten.exp()
+        noise, forgotten = _NOISE * self.log_noise.exp(), _FORGOTTEN * self.log_forgotten.exp()
         told = weights[..., None] * torch.cat([weights, value - constant], dim=2)[..., None, :]
         sums = _sums_before((told * (is_history / noise)[..., None]).flatten(2), forgotten).unflatten(2, told.shape[2:])
         precision = sums[..., :-1] + torch.eye(self.num_factors, device=events.device)
@@ -80,12 +77,12 @@ class OnlineFactors(nn.Module):
 
 def _sums_before(values: Tensor, forgotten: Tensor) -> Tensor:
     """Σ exp(−forgotten (t − s)) values_s over s < t, [B, L, n]."""
-    found, total = [], values[:, :1] * 0
+    found, total = [], values.new_zeros(len(values), 1, values.shape[2])
     for chunk in values.split(_CHUNK, dim=1):
         age = torch.arange(1 + chunk.shape[1], device=values.device)
         ages = age[1:, None] - age[1:]
         decay = torch.where(ages > 0, torch.exp(-forgotten * ages.clamp(min=0)), 0.0)
         left = torch.exp(-forgotten * age)
         found.append(decay @ chunk + left[1:, None] * total)
-        total = left[-1] * total + left[:-1].flip(0) @ chunk
+        total = left[-1] * total + left[None, :-1].flip(1) @ chunk
     return torch.cat(found, dim=1)

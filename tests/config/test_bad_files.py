@@ -151,6 +151,8 @@ TOGETHER = [
     bad("a truncation after the last layer", "ranking", "NetworkArgs.truncate_after_layer = 2" + HERE,
         "NetworkArgs.truncate_to_items = 10", "NetworkArgs.num_layers = 2",
         told=("must be below NetworkArgs.num_layers = 2",)),
+    bad("factors of no classes", "ranking", "NetworkArgs.num_factors = 2" + HERE,
+        "RankingArgs.prediction_head_arch = [1]", told=("of the classes of an action, and this model predicts none",)),
     bad("ranks and context parallelism", "ranking", "ContextParallelArgs.context_parallel_size = 2" + HERE,
         told=("must divide the number of ranks, which is 3",), world_size=3),
     idle("tokens of no group", "ranking", "NetworkArgs.sequence_parallel = True" + HERE,

@@ -132,6 +132,7 @@ def options(case: Case) -> RunOptions:
             f"DataParallelArgs.sharding = {case.dense_sharding!r}",
             # Of the two encodings one is added to tokens, the other to what heads compute.
             f"NetworkArgs.position_encoding = {'absolute' if case.task == 'ranking' else 'relative_bias'!r}",
+            f"NetworkArgs.num_factors = {2 if case.task == 'ranking' else 0}",
             f"NetworkArgs.max_attention_span = {8 if case.task == 'ranking' else None}",
             *(RETRIEVAL if case.task == "retrieval" else ()),
             # Divided by the longest sequence attention is so little that sgd hardly moves its weights.

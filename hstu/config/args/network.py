@@ -81,9 +81,9 @@ class NetworkArgs(Args):
     target_group_size: int = option(1, changes="model", minimum=1)
     """Candidates per group. A candidate attends to the history and to the candidates of its own group."""
     num_factors: int = option(0, changes="model", minimum=0, maximum=256)
-    """Above 0, in ranking of an action with classes in order, such as stars: factors of a model inside the network, of
-    items × user, that is fitted anew to the history before each event. Items read what it expects, and actions by how
-    much they differ. AUC>=4 of MovieLens-1M: see docs/choosing.md."""
+    """Above 0, in ranking of an action with classes in order, such as stars: width of a factor model inside the
+    network, which is fitted anew to the history before each event. An item's token gets the value that it expects, an
+    action's token how much the value differs (docs/choosing.md). Programs of exports do not compute it."""
     num_position_buckets: int = option(
         8192, changes="model", minimum=1, maximum=10_000_000, needs=having("position_encoding", "absolute")
     )

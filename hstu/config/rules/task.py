@@ -172,12 +172,12 @@ def spans_fit_the_layers(run: RunConfig, network: NetworkArgs) -> Iterator[Probl
         yield problem(network, "max_attention_span", f"{text}; write one number for all layers, or as many")
 
 
-def factors_have_classes(run: RunConfig) -> Iterator[Problem]:
+def factors_have_classes(run: RunConfig, network: NetworkArgs) -> Iterator[Problem]:
     args = run.task_args
-    if run.network.num_factors and not (isinstance(args, RankingArgs) and args.num_classes):
-        text = "needs a ranking model of an action with classes in order: RankingArgs.tasks = None, and a last width of "
-        text += "RankingArgs.prediction_head_arch that is the number of classes; remove this otherwise"
-        yield problem(run.network, "num_factors", text)
+    if network.num_factors and not (isinstance(args, RankingArgs) and args.num_classes):
+        text = "is of the classes of an action, and this model predicts none: it needs ranking without tasks, and a "
+        text += "last width of RankingArgs.prediction_head_arch that is the number of classes; remove it"
+        yield problem(network, "num_factors", text)
 
 
 def truncation_leaves_layers(run: RunConfig, network: NetworkArgs) -> Iterator[Problem]:
@@ -287,7 +287,6 @@ def _any_of(values: tuple[str, ...]) -> str:
 RULES = (
     features_have_one_role, numbers_are_described_once, candidates_leave_history, labels_are_not_inputs,
     ranking_has_actions, position_encodings_combine, tasks_have_different_names, masks_hide_the_labels,
-    factors_have_classes,
 )  # fmt: skip
 RULES_OF: RulesOf = {
     DatasetArgs: (
@@ -296,7 +295,7 @@ RULES_OF: RulesOf = {
         item_towers_have_features,
     ),
     NumericFeatureArgs: (are_side_features,),
-    NetworkArgs: (spans_fit_the_layers, truncation_leaves_layers),
+    NetworkArgs: (spans_fit_the_layers, truncation_leaves_layers, factors_have_classes),
     RankingArgs: (head_fits_the_tasks, metrics_fit_the_head),
     RankingTaskArgs: (
         kinds_have_their_option, a_condition_stands_alone, loss_fits_the_kind, metrics_fit_the_kind,

@@ -359,7 +359,8 @@ class Trainer:
             directory = self.run_directory.path
             path, output = (quote(str(path)) for path in (directory, Path("exports", directory.name)))
             log.info("next: %s --run_dir %s", command("scripts/evaluate.py"), path)
-            log.info("      %s --run_dir %s --output %s --program", command("scripts/export.py"), path, output)
+            served = "" if self.config.network.num_factors else " --program"
+            log.info("      %s --run_dir %s --output %s%s", command("scripts/export.py"), path, output, served)
         elif status == "stopped" and self.checkpoints.newest_iteration:
             binding = f"'TrainerArgs.output_dir = \"{self.run_directory.path}\"'"
             log.info("to go on: the same command with the bindings %s 'TrainerArgs.ckpt_load_dir = \"auto\"'", binding)

@@ -96,6 +96,21 @@ class RunConfig:
         return need.strict and not (need.option == "task" and self.data == "random")
 
     @property
+    def why_no_program(self) -> str | None:
+        """Why an export cannot have a program of this model, and what to do; None: it can."""
+        if self.task == "ranking" and self.network.target_group_size > 1:
+            return (
+                f"with NetworkArgs.target_group_size = {self.network.target_group_size} a candidate sees the actions "
+                "on others of its group, which a request does not know. Train with 1"
+            )
+        if self.network.num_factors:
+            return (
+                "programs do not compute NetworkArgs.num_factors. Evaluate and predict from the checkpoint, or train "
+                "without"
+            )
+        return None
+
+    @property
     def data(self) -> str:
         """The kind of data: "stored" or "random"."""
         return "random" if isinstance(self.dataset, BenchmarkDatasetArgs) else "stored"

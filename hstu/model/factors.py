@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hstu.data.batches.jagged import ranges
 from hstu.ops.layout import to_device
 
 _CHUNK = 256
@@ -43,20 +44,19 @@ class OnlineFactors(nn.Module):
         # Logarithms of what both constants are multiplied by. Of one dimension, since FSDP refuses scalars.
         self.log_noise, self.log_forgotten = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
 
-    def forward(self, items: Tensor, actions: Tensor, lengths: np.ndarray, candidates: np.ndarray) -> list[Tensor]:
+    def forward(self, items: Tensor, actions: Tensor, is_history: Tensor, lengths: np.ndarray) -> list[Tensor]:
         """What is added to the tokens of T items, and to those of their actions: float32 [T, width] each.
 
         To an item: the expected value of its action and the standard deviation, from the history before it. To an
         action: by how many deviations its value differs from that. ``items``: tokens [T, width], sequence after
-        sequence. ``actions``: their classes, int64 [T]. ``lengths``, ``candidates``: items of each sequence, and those
-        that come last and whose actions tell nothing, int64 [B] on the host.
+        sequence. ``actions``: their classes, int64 [T]. ``is_history``: bool [T], False for candidates, whose actions
+        tell nothing. ``lengths``: items of each sequence, int64 [B] on the host.
         """
-        longest, place = int(lengths.max()), np.concatenate([*map(np.arange, lengths)])
-        index = to_device(np.repeat(np.arange(len(lengths)) * longest, lengths) + place, items.device)
-        is_history = to_device((place < np.repeat(lengths - candidates, lengths)).astype(np.float32), items.device)
+        longest = int(lengths.max())
+        index = to_device(ranges(np.arange(len(lengths)) * longest, lengths), items.device)
         with torch.autocast(items.device.type, enabled=False):
             value = self.values[(actions - self.classes.start).clamp(0, len(self.classes) - 1), None]
-            events = torch.cat([self.of_items(items.float()), value, is_history[:, None]], dim=1)
+            events = torch.cat([self.of_items(items.float()), value, is_history[:, None].float()], dim=1)
             padded = events.new_zeros(len(lengths) * longest, events.shape[1]).index_copy(0, index, events)
             expected, deviation = self._known(padded.unflatten(0, (len(lengths), longest)))
             known = torch.stack([expected, deviation], dim=2).flatten(0, 1).index_select(0, index)

@@ -180,10 +180,7 @@ class SequenceInputs(nn.Module):
             return [*parts, _rows(items, range(ends[0], len(own))), _rows(actions, range(ends[1]))]
         if layout.num_candidate_tokens is None or actions is None:
             return [*parts, *self.combined(items, actions, side)]
-        kinds = np.stack([batch.item_lengths - batch.num_candidates_host, batch.num_candidates_host], axis=1)
-        flags = np.repeat(np.tile([True, False], len(kinds)), kinds.reshape(-1))  # False for candidates
-        is_history = to_device(flags[own.start : own.stop], actions.device)
-        return [*parts, *self.combined(items, actions, side, is_history)]
+        return [*parts, *self.combined(items, actions, side, _rows(_is_history(batch), own))]
 
     def _with_factors(
         self, items: Tensor, actions: Tensor, side: Mapping[str, Tensor], batch: HSTUBatch
@@ -191,8 +188,8 @@ class SequenceInputs(nn.Module):
         """The projected rows of all items and actions of the batch, with what ``factors`` adds to them."""
         assert self.factors is not None and self.features.action is not None
         classes = batch.features[self.features.action].values()
-        sizes = batch.item_lengths, batch.num_candidates_host
-        of_items, of_actions = self.factors(items + side["side"] if "side" in side else items, classes, *sizes)
+        described = items + side["side"] if "side" in side else items
+        of_items, of_actions = self.factors(described, classes, _is_history(batch), batch.item_lengths)
         return items + of_items, actions + of_actions
 
     def combined(
@@ -243,6 +240,13 @@ class SequenceInputs(nn.Module):
             of_lists = {} if lengths is None else dict(zip(self.features.lists, lengths, strict=True))
             joined = _rows(join_rows(names, embeddings, of_lists), own)
         return self.project_side(role, joined, None if numbers is None else _rows(numbers, own))
+
+
+def _is_history(batch: HSTUBatch) -> Tensor:
+    """bool [items], False for candidates."""
+    kinds = np.stack([batch.item_lengths - batch.num_candidates_host, batch.num_candidates_host], axis=1)
+    flags = np.repeat(np.tile([True, False], len(kinds)), kinds.reshape(-1))
+    return to_device(flags, batch.num_candidates.device)
 
 
 def _rows(values: Tensor, own: range) -> Tensor:

@@ -65,7 +65,7 @@ class RankingDense(RankingModel):
             args.prediction_head_bias,
         )
         self.num_tasks = args.num_tasks
-        self.is_multi_task = args.prediction_head_arch[-1] == args.num_tasks
+        self.is_multi_task = not args.num_classes
         self.label_offset = label_offset
 
     def losses(self, outputs: Tensor, batch: HSTUBatch) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.ids import codes_of
-from hstu.config.args import DatasetArgs, RankingArgs, RetrievalArgs
+from hstu.config.args import DatasetArgs, RetrievalArgs
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import is_of_negatives
 from hstu.data.batches.jagged import ranges, run_offsets
@@ -32,18 +32,9 @@ _ROWS_AT_ONCE = 1 << 16
 
 def check_can_be_served(trained: LoadedModel) -> None:
     """Raise ConfigError or DataError if the model reads inputs that requests cannot contain."""
-    config, network, roles = trained.config, trained.config.network, trained.source.roles
-    if isinstance(config.task_args, RankingArgs) and network.target_group_size > 1:
-        raise ConfigError(
-            f"cannot export a program: with NetworkArgs.target_group_size = {network.target_group_size} a "
-            "candidate sees the actions on others of its group, which a request does not know. Train with 1"
-        )
-    if network.num_factors:
-        raise ConfigError(
-            "cannot export a program: programs do not compute NetworkArgs.num_factors. Evaluate and predict from the "
-            "checkpoint, or train without"
-        )
-    if isinstance(trained.source, StoredSource) and roles.tower:
+    if why := trained.config.why_no_program:
+        raise ConfigError(f"cannot export a program: {why}")
+    if isinstance(trained.source, StoredSource) and trained.source.roles.tower:
         why = "the model reads the features of all items from the data"
         raise DataError(f"cannot export a program: {why}. {trained.source.missing}")
 

@@ -193,7 +193,7 @@ def label_offset(args: RankingArgs, data: BatchSource) -> int:
     last, action = args.prediction_head_arch[-1], data.roles.action
     if action is None:
         raise ConfigError("ranking needs an action feature, and the data has none; name one or train retrieval")
-    if last == args.num_tasks:
+    if not args.num_classes:
         return 0
     actions = data.cardinalities[action]
     if last < actions - 1:

@@ -359,7 +359,7 @@ class Trainer:
             directory = self.run_directory.path
             path, output = (quote(str(path)) for path in (directory, Path("exports", directory.name)))
             log.info("next: %s --run_dir %s", command("scripts/evaluate.py"), path)
-            served = "" if self.config.network.num_factors else " --program"
+            served = "" if self.config.why_no_program else " --program"
             log.info("      %s --run_dir %s --output %s%s", command("scripts/export.py"), path, output, served)
         elif status == "stopped" and self.checkpoints.newest_iteration:
             binding = f"'TrainerArgs.output_dir = \"{self.run_directory.path}\"'"

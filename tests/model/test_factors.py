@@ -36,11 +36,12 @@ def test_an_event_is_expected_from_the_history_before_it_alone(chunk: int, monke
         layer.weight.data.copy_(torch.eye(4)[:, : layer.in_features])  # shows what it reads
     lengths, candidates = np.array([5, 0, 1, 4]), np.array([2, 0, 0, 1])
     items, actions = torch.randn(10, 4), torch.randint(1, 6, (10,))
-    before, after = model(items, actions, lengths, candidates)
+    is_history = torch.tensor([True] * 3 + [False] * 2 + [True] * 4 + [False])
+    before, after = model(items, actions, is_history, lengths)
     rows = []
     for own, classes, length, hidden in zip(
         items.split(lengths.tolist()), actions.split(lengths.tolist()), lengths, candidates, strict=True
     ):
         rows += one_by_one(model, own, classes.tolist(), length - hidden)
     torch.testing.assert_close(torch.cat([before[:, :2], after[:, :1]], dim=1), torch.tensor(rows).float())
-    assert model(items[:0], actions[:0], np.array([0, 0]), np.array([0, 0]))[0].shape == (0, 4)
+    assert model(items[:0], actions[:0], is_history[:0], np.array([0, 0]))[0].shape == (0, 4)

@@ -169,7 +169,7 @@ class RankingArgs(Args):
     @property
     def loss_names(self) -> list[str]:
         """Names of the tasks in metrics, each of which has a part of the loss; empty if there is one task."""
-        bits = self.num_tasks if self.prediction_head_arch[-1] == self.num_tasks else 0
+        bits = 0 if self.num_classes else self.num_tasks
         names = [task.task_name for task in self.tasks or ()] or [f"task{bit}" for bit in range(bits)]
         return names if len(names) > 1 else []
 

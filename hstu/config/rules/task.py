@@ -175,8 +175,10 @@ def spans_fit_the_layers(run: RunConfig, network: NetworkArgs) -> Iterator[Probl
 def factors_have_classes(run: RunConfig, network: NetworkArgs) -> Iterator[Problem]:
     args = run.task_args
     if network.num_factors and not (isinstance(args, RankingArgs) and args.num_classes):
-        text = "is of the classes of an action, and this model predicts none: it needs ranking without tasks, and a "
-        text += "last width of RankingArgs.prediction_head_arch that is the number of classes; remove it"
+        text = (
+            "is of the classes of an action, and this model predicts none: it needs ranking without tasks, and a last "
+            "width of RankingArgs.prediction_head_arch that is the number of classes; remove it"
+        )
         yield problem(network, "num_factors", text)
 
 

@@ -103,11 +103,6 @@ class RunConfig:
                 f"with NetworkArgs.target_group_size = {self.network.target_group_size} a candidate sees the actions "
                 "on others of its group, which a request does not know. Train with 1"
             )
-        if self.network.num_factors:
-            return (
-                "programs do not compute NetworkArgs.num_factors. Evaluate and predict from the checkpoint, or train "
-                "without"
-            )
         return None
 
     @property

@@ -18,7 +18,7 @@ from hstu.data.batches.jagged import sequence_tokens
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.features.values import NUM_QUANTILES
 from hstu.data.store.layout import NumberStatistics
-from hstu.model.factors import OnlineFactors
+from hstu.model.factors import OnlineFactors, Told
 from hstu.model.heads import MLP
 from hstu.ops.comm import LayerComm
 from hstu.ops.dropout import dropout
@@ -171,8 +171,10 @@ class SequenceInputs(nn.Module):
         if self.features.action is not None:
             actions = self._embed("action", self.features.action, embeddings, num_items, read)
         side = {role: self._embed_side(role, embeddings, batch, read) for role in self.side if role in self.projections}
-        if self.factors is not None and actions is not None:
-            items, actions = (_rows(rows, own) for rows in self._with_factors(items, actions, side, batch))
+        if self.factors is not None and self.features.action is not None and actions is not None:
+            classes, candidates = batch.features[self.features.action].values(), batch.num_candidates_host
+            told = Told.in_batch(classes, _is_history(batch), batch.item_lengths, candidates)
+            items, actions = (_rows(rows, own) for rows in self.with_factors(items, actions, side, told))
             side = {role: _rows(rows, own) for role, rows in side.items()}
         if self.tokens_per_item == 2:
             items, actions = self.combined(items, actions, side)
@@ -182,14 +184,12 @@ class SequenceInputs(nn.Module):
             return [*parts, *self.combined(items, actions, side)]
         return [*parts, *self.combined(items, actions, side, _rows(_is_history(batch), own))]
 
-    def _with_factors(
-        self, items: Tensor, actions: Tensor, side: Mapping[str, Tensor], batch: HSTUBatch
+    def with_factors(
+        self, items: Tensor, actions: Tensor, side: Mapping[str, Tensor], told: Told
     ) -> tuple[Tensor, Tensor]:
-        """The projected rows of all items and actions of the batch, with what ``factors`` adds to them."""
-        assert self.factors is not None and self.features.action is not None
-        classes = batch.features[self.features.action].values()
-        described = items + side["side"] if "side" in side else items
-        of_items, of_actions = self.factors(described, classes, _is_history(batch), batch.item_lengths)
+        """The projected rows of all items and of their actions, with what ``factors`` adds to them."""
+        assert self.factors is not None
+        of_items, of_actions = self.factors(items + side["side"] if "side" in side else items, told)
         return items + of_items, actions + of_actions
 
     def combined(

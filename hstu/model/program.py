@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 
 from hstu.base.files import digest_of
 from hstu.config.args.network import SIDE_WIDTH
+from hstu.model.factors import Told
 from hstu.model.heads import MultiTaskHead
 from hstu.model.ranking import MultiTaskDense, RankingModel, RankingTask
 from hstu.model.retrieval import RetrievalDense
@@ -34,6 +35,9 @@ _SIZES = {
     "known_after": (("items", 3), ("known_after_width", None)),
     "numbers": (("items", 3), ("number_width", None)),
     "is_history": (("items", 3),),
+    "action_ids": (("items", 3),),
+    "item_places": (("items", 3),),
+    "item_padded": (("sequences", 2), ("most_items", 4)),
     "context": (("contexts", 4), ("contextual_width", None)),
     "order": (("tokens", 6),),
     "positions": (("tokens", 6),),
@@ -65,6 +69,8 @@ class ServingProgram(nn.Module):
     side, known_after: float32 [I, .], concatenated rows of the side features; the mean row of a list.
     numbers: float32 [I, W], as ItemColumns.numbers.
     is_history: float32 [I], 1 for history, 0 for candidates, whose action is hidden.
+    action_ids: int64 [I], -1 for unknown ones; item_padded, item_places: int64 [S, .], [I], as padded and places, of
+        items. With NetworkArgs.num_factors.
     context: float32 [C · S, .], rows of all S sequences for the first contextual feature, then for the second, ….
     order: int64 [T], row of each token in the concatenation of context, items and actions.
     positions: int64 [T], position of each token in its sequence; all candidates have the position of the first.
@@ -103,7 +109,8 @@ class ServingProgram(nn.Module):
             "side": bool(self.inputs.side["side"]),
             "known_after": bool(self.inputs.side["known_after"]),
             "numbers": bool(features.numbers),
-            "is_history": hides,
+            "is_history": hides or network.num_factors,
+            **dict.fromkeys(("action_ids", "item_places", "item_padded"), network.num_factors),
             "context": bool(features.contextual),
             "token_times": network.needs_times,
             "query_times": network.needs_times,
@@ -154,7 +161,12 @@ class ServingProgram(nn.Module):
             for role in module.side
             if role in module.projections
         }
-        of_items = module.combined(module.project("item", inputs["items"]), actions, side, inputs.get("is_history"))
+        items = module.project("item", inputs["items"])
+        if module.factors is not None and actions is not None:
+            is_history, shape = inputs["is_history"] > 0, inputs["item_padded"].shape
+            told = Told(inputs["action_ids"], is_history, inputs["item_places"], shape)
+            items, actions = module.with_factors(items, actions, side, told)
+        of_items = module.combined(items, actions, side, inputs.get("is_history"))
         x = torch.cat([*of_context, *of_items]).index_select(0, inputs["order"])
         if module.position_table is not None:
             x = REFERENCE_KERNELS.add_positions(x, module.position_table, inputs["positions"])
@@ -202,6 +214,8 @@ def _whole_because(task: RetrievalDense | RankingModel) -> str | None:
         return "NetworkArgs.truncate_after_layer: each event moves the place where later layers cut histories"
     if not network.is_causal:
         return "NetworkArgs.is_causal = False: events see later ones"
+    if network.num_factors:
+        return "NetworkArgs.num_factors: the factors of a user are estimated from the whole history"
     if task.encoder.features.contextual and not network.disable_contextual_mask:
         return "NetworkArgs.disable_contextual_mask = False: context sees the whole history, which sees the context"
     return None

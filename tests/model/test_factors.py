@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hstu.model import factors
-from hstu.model.factors import OnlineFactors
+from hstu.model.factors import OnlineFactors, Told
 
 
 def one_by_one(model: OnlineFactors, items: torch.Tensor, actions: list[int], history: int) -> list[list[float]]:
@@ -18,9 +18,9 @@ def one_by_one(model: OnlineFactors, items: torch.Tensor, actions: list[int], hi
         expected = c + w @ covariance @ sides * keep
         deviation = np.sqrt(w @ covariance @ w + noise)
         value = model.values[action - 1].item()
-        found.append([expected, deviation, (value - expected) / deviation])
-        told = (event < history) / noise
-        precision, sides = keep * precision + told * np.outer(w, w), keep * sides + told * (value - c) * w
+        found.append([expected, deviation, (value - expected) / deviation * (event < history)])
+        if event < history:  # candidates follow the history at once
+            precision, sides = keep * precision + np.outer(w, w) / noise, keep * sides + (value - c) * w / noise
     return found
 
 
@@ -37,11 +37,12 @@ def test_an_event_is_expected_from_the_history_before_it_alone(chunk: int, monke
     lengths, candidates = np.array([5, 0, 1, 4]), np.array([2, 0, 0, 1])
     items, actions = torch.randn(10, 4), torch.randint(1, 6, (10,))
     is_history = torch.tensor([True] * 3 + [False] * 2 + [True] * 4 + [False])
-    before, after = model(items, actions, is_history, lengths)
+    before, after = model(items, Told.in_batch(actions, is_history, lengths, candidates))
     rows = []
     for own, classes, length, hidden in zip(
         items.split(lengths.tolist()), actions.split(lengths.tolist()), lengths, candidates, strict=True
     ):
         rows += one_by_one(model, own, classes.tolist(), length - hidden)
     torch.testing.assert_close(torch.cat([before[:, :2], after[:, :1]], dim=1), torch.tensor(rows).float())
-    assert model(items[:0], actions[:0], is_history[:0], np.array([0, 0]))[0].shape == (0, 4)
+    nothing = Told.in_batch(actions[:0], is_history[:0], np.array([0, 0]), np.array([0, 0]))
+    assert model(items[:0], nothing)[0].shape == (0, 4)

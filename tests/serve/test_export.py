@@ -222,8 +222,6 @@ def test_models_whose_requests_would_lack_something_are_refused(
     grouped = random_model("ranking", features, mesh, tmp_path, network=network, dataset=dataset)
     with pytest.raises(ConfigError, match="target_group_size = 2"):
         check_can_be_served(grouped)
-    with pytest.raises(ConfigError, match=r"do not compute NetworkArgs\.num_factors"):
-        check_can_be_served(random_model("ranking", features, mesh, tmp_path / "factors", network={"num_factors": 2}))
     with pytest.raises(ConfigError, match=r"in groups of 2 .* train with target_group_size = 1"):
         nothing = np.zeros(0, dtype=np.int64)
         RankingPredictor(grouped, command.Candidates(nothing, nothing, nothing, {}))

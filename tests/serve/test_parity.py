@@ -162,6 +162,7 @@ def test_metrics_are_those_of_the_checkpoint(
 WINDOW = {"max_attention_span": 3, "min_full_attention_tokens": 2, "truncate_after_layer": 1, "truncate_to_items": 3}
 ADDED = {"interleave_actions": False, "contextual_embedding_dim": 6}
 SEES_ALL = {"is_causal": False, "disable_contextual_mask": False}
+FACTORS = {"num_factors": 2}
 CANDIDATES = {"max_num_candidates": 3}
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "time of the last event, raw ids": (
@@ -190,7 +191,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
             "task_args": {"item_tower": True},
         },
     ),
-    "every event": ("ranking", {"network": BIAS, "dataset": EVERY_FEATURE}),
+    "every event": ("ranking", {"network": {**BIAS, **FACTORS}, "dataset": EVERY_FEATURE}),
     "every event, window and truncation": ("ranking", {"network": {**BIAS, **WINDOW}}),
     "bit tasks": ("ranking", {"task_args": {"prediction_head_arch": [8, 2], "num_tasks": 2}}),
     "candidates, added actions": (
@@ -201,7 +202,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
             "task_args": OF_THE_ACTION,
         },
     ),
-    "candidates, window and truncation": ("ranking", {"network": {**BIAS, **WINDOW}, "dataset": CANDIDATES}),
+    "candidates, window and truncation": (
+        "ranking",
+        {"network": {**BIAS, **WINDOW, **FACTORS}, "dataset": CANDIDATES},
+    ),
 }
 
 

@@ -65,6 +65,8 @@ def inputs_of(
     inputs, own = _table_rows(facts, tables, parts), _layout(facts, sequences)
     inputs |= {name: int64s(own[name]) for name in own.keys() & facts["inputs"]}
     inputs |= _padded("", own["lengths"], own["ends"])
+    if "item_padded" in facts["inputs"]:
+        inputs |= _padded("item_", own["item_lengths"], own["item_lengths"])
     if own["kept"]:
         inputs |= _padded("kept_", own["kept_lengths"], own["kept_ends"])
     if "prefix" in facts["inputs"]:
@@ -103,6 +105,7 @@ def _layout(facts: Mapping[str, Any], sequences: Sequence[Sequence_]) -> dict[st
         count = max(1, shown) if facts["task"] == "ranking" else 1
         step = per_item if facts["task"] == "ranking" and not facts["candidates"]["apart"] else 1
         own["counts"].append(count)
+        own["item_lengths"].append(each.new_items)
         own["outputs"] += range(stop - count * step, stop, step)
         own["lengths"].append(stop - first)
         own["ends"].append(end)
@@ -135,6 +138,8 @@ def _table_rows(facts: Mapping[str, Any], tables: Mapping[str, Table], parts: Se
     names = {"items": [facts["item"]], "actions": [facts["action"]] if facts["action"] else []}
     names |= {role: facts[role] for role in ("side", "known_after")}
     inputs = {role: of_events(read) for role, read in names.items() if read}
+    if "action_ids" in facts["inputs"]:
+        inputs["action_ids"] = torch.cat([part.ids[facts["action"]] for part in parts])
     if facts["numbers"]:
         inputs["numbers"] = torch.cat([part.numbers for part in parts if part.numbers is not None])
     if facts["contextual"]:

@@ -36,6 +36,10 @@ _STEPS: Mapping[Task, tuple[int, int, int]] = {"retrieval": (3000, 16, 40), "ran
 _QUICK_STEPS = (500, 1, 50)
 """Iterations of a run, its fewest and its most epochs."""
 _EVALUATIONS, _PATIENCE = 12, 4
+_FACTORS = """\
+# A factor model inside the network, for numbers such as stars: it is fitted to those before each event.
+NetworkArgs.num_factors = 12
+"""
 _CLOCKS = """\
 # HR@10 is told the time of the item to find, and HR@10/last_event is not; DatasetArgs.query_time trains for both.
 """
@@ -248,7 +252,8 @@ def _ranking(store: SequenceStore) -> tuple[int, str] | str:
         samples = int((_training_lengths(store) > 0).sum())
     elif store.num_users >= 10:  # a test beside the validation, which chooses
         head["DatasetArgs.valid_fraction"] = 0.1
-    return samples, _gin(head)
+    is_text = store.feature(action).has_vocab and store.raw_ids(action).dtype == object
+    return samples, _gin(head) + ("" if is_binary or is_text else _FACTORS)
 
 
 def _training_lengths(store: SequenceStore) -> np.ndarray:

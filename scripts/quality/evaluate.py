@@ -2,8 +2,8 @@
 
     python scripts/quality/evaluate.py --ckpt checkpoints/a/best --output test.json --per_user users.csv
 
-The checkpoint predicts stars as classes, with the metric AUC>=4. Metrics AUC>=K are also given by the number of earlier
-events in the sample: "AUC>=4, 1-20" and so on.
+The checkpoint predicts stars as classes, with the metric AUC>=4. Counted are the newest 200 ratings of each user,
+however long a history the model reads. Metrics AUC>=K are also given by the place among them: "AUC>=4, 1-20" and so on.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -24,15 +25,18 @@ from hstu.config.cli import tool
 from hstu.observe.logging import quiet_libraries
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.predict import Evaluation, evaluate_split
+from hstu.train.evaluate import Observations
 
 LIKED = 4
 """The least number of stars that counts as liked."""
+COUNTED = 200
+"""The newest ratings of a user that are counted, so that rows with longer and shorter histories compare."""
 PARTS = {"1-20": (0, 20), "21-50": (20, 50), "51-100": (50, 100), "101+": (100, sys.maxsize)}
-"""Parts of a sample, by the number of its earlier ratings."""
+"""Parts of what is counted, by the number of the user's earlier ratings in it."""
 
 
 def in_parts(place: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """For each part, which labels are in it: bool [M]. place: number of earlier ratings in the sample, int64 [M]."""
+    """For each part, which labels are in it: bool [M]. place: number of earlier counted ratings, int64 [M]."""
     for name, (first, end) in PARTS.items():
         yield name, (first <= place) & (place < end)
 
@@ -51,12 +55,19 @@ def influences(scores: np.ndarray, is_liked: np.ndarray, users: np.ndarray) -> p
     return pd.Series(above, name="influence").groupby(users).sum().rename_axis("user")
 
 
+def counted(observations: Observations) -> Observations:
+    """The newest ``COUNTED`` ratings of each user."""
+    age = pd.Series(observations.events).groupby(observations.users).rank(ascending=False)
+    return observations.select(age.to_numpy() <= COUNTED)
+
+
 def by_place(evaluation: Evaluation) -> dict[str, float]:
-    """AUC>=K over the parts of the test samples."""
+    """AUC>=K over the parts of what is counted."""
     observations = evaluation.observations
+    place = pd.Series(observations.events).groupby(observations.users).rank().to_numpy() - 1
     return {
         f"{name}, {part}": value
-        for part, here in in_parts(observations.history)
+        for part, here in in_parts(place)
         for name, value in evaluation.evaluator.metrics(observations.select(here)).items()
         if name.startswith("AUC>=")
     }
@@ -73,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     loaded = LoadedModel.load(options.ckpt)
     evaluation = evaluate_split(loaded, "test")
+    evaluation = replace(evaluation, observations=counted(evaluation.observations))
     metrics = evaluation.metrics() | by_place(evaluation)
     rows = evaluation.rows(loaded).to_pandas()
     liked = [name for name in rows if name.startswith("p_") and int(name.removeprefix("p_")) >= LIKED]

@@ -2,6 +2,7 @@
 
     python scripts/quality/ranking_peers.py --store tmp_data/ml-1m-running --method prediction
     python scripts/quality/ranking_peers.py --store tmp_data/ml-1m-running --method lightgbm --trials 12
+    … --method catboost --train_fraction 0.8
     … --method lightgbm --settings '{"num_leaves": 15, "learning_rate": 0.05}'
 
 The store has running statistics (preprocess_dataset.py --running_statistics). Such a statistic can be the prediction
@@ -33,12 +34,12 @@ import pandas as pd
 from hstu.base.errors import EXIT_DONE, ConfigError
 from hstu.config.args import DatasetArgs
 from hstu.config.cli import tool
-from hstu.data.batches.jagged import ranges
+from hstu.data.batches.jagged import ranges, run_indices
 from hstu.data.sampling.samples import build_samples
-from hstu.data.sampling.splits import Split
+from hstu.data.sampling.splits import Split, cut_events
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.train.metrics import auc
-from scripts.quality.evaluate import LIKED, in_parts, influences
+from scripts.quality.evaluate import COUNTED, LIKED, in_parts, influences
 from scripts.quality.tables import find
 
 SPACES: dict[str, dict[str, tuple[float, ...]]] = {
@@ -63,7 +64,7 @@ class Labels:
 
     Args:
         events: in the store, int64 [M].
-        place: number of earlier ratings in the sample, int64 [M].
+        place: number of earlier labels of the user, int64 [M].
         users: int64 [M].
     """
 
@@ -73,13 +74,28 @@ class Labels:
 
     @classmethod
     def of(cls, store: SequenceStore, split: Split, seed: int) -> Labels:
-        """All ratings of the users of "train", the newest 200 of other users."""
-        args = DatasetArgs(dataset_name=store.name, max_sequence_length=200, window_stride=200, train_fraction=0.6,
-                           valid_fraction=0.1)  # fmt: skip
+        """All ratings of the users of "train", those that are counted of other users."""
+        args = DatasetArgs(dataset_name=store.name, max_sequence_length=COUNTED, window_stride=COUNTED,
+                           train_fraction=0.6, valid_fraction=0.1)  # fmt: skip
         samples = build_samples(store, args, "ranking", split, seed)
         events = ranges(samples.stop - samples.num_labels, samples.num_labels)
         start, user = (np.repeat(each, samples.num_labels) for each in (samples.start, samples.user))
         return cls(events, events - start, user)
+
+    @staticmethod
+    def cut_in_time(store: SequenceStore, fraction: float, seed: int) -> tuple[Labels, Labels, Labels]:
+        """Ratings before ``fraction`` of all are known, of nine in ten users to learn from and of the others to stop
+        by; and those that are counted of the ratings after it."""
+        offsets, stops = np.asarray(store.offsets()), cut_events(store, fraction)
+        users, begins, ends = np.arange(store.num_users), offsets[:-1], offsets[1:]
+        is_valid = np.random.default_rng(seed).random(store.num_users) < 0.1
+
+        def between(begin: np.ndarray, end: np.ndarray) -> Labels:
+            row, place = run_indices(end - begin)
+            return Labels(begin[row] + place, place, users[row])
+
+        train, valid = (between(begins, np.where(each, stops, begins)) for each in (~is_valid, is_valid))
+        return train, valid, between(np.maximum(stops, ends - COUNTED), ends)
 
 
 def require(name: str) -> ModuleType:
@@ -173,6 +189,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--store", type=Path, required=True, help="a sequence store with running statistics of ratings")
     add("--method", required=True, help=f"{', '.join(SPACES)}, or the name of a running statistic")
+    add("--train_fraction", type=float, help="of the ratings; a cut in time divides them instead of users")
     add("--seed", type=int, default=1, help="TrainerArgs.seed of the run")
     add("--settings", type=json.loads, default={}, help="of trees, as JSON")
     add("--trials", type=int, help="only compare so many random settings of trees on the validation users")
@@ -188,7 +205,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     store = SequenceStore.open(options.store)
     find("method", options.method, dict.fromkeys((*SPACES, *store.running_statistics)))
-    train, valid, test = (Labels.of(store, split, options.seed) for split in ("train", "valid", "test"))
+    if options.train_fraction is None:
+        train, valid, test = (Labels.of(store, split, options.seed) for split in ("train", "valid", "test"))
+    else:
+        train, valid, test = Labels.cut_in_time(store, options.train_fraction, options.seed)
     ratings = np.asarray(store.sequence(str(store.action_feature)))
     if options.method in SPACES:
         trees = Trees(options.method, inputs(store), ratings, options.seed, options.threads)

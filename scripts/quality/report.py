@@ -14,6 +14,7 @@ from hstu.config.args.task import AT_LAST_EVENT
 from hstu.serve.predict import GAPS
 from hstu.sweep.trial import data_facts, number
 from hstu.train.metrics import retrieval_gains
+from scripts.quality.evaluate import COUNTED
 from scripts.quality.runs import RANKS, Result, Run, read_ranks
 from scripts.quality.tables import ROOT, Table
 
@@ -49,7 +50,7 @@ def _head(table: Table, runs: Sequence[Run]) -> list[str]:
 
 def _at_both_clocks(result: Result, run: Run) -> Result:
     """The result; a method that reads no time of the request has its one number in both columns."""
-    if not run.row.peer and _UNTOLD not in (run.settings or ()):
+    if not run.row.peer and _UNTOLD not in run.settings:
         return result
     at_last_event = {f"{name}/{AT_LAST_EVENT}": value for name, value in result["metrics"].items()}
     return result | {"metrics": at_last_event | result["metrics"]}
@@ -124,8 +125,8 @@ def _notes(table: Table, has_ranks: bool) -> list[str]:
         f"The checkpoint with the best {table.metric} on validation is evaluated on the test part, once. Epochs "
         "are those of this checkpoint."
     )
-    if any(row.waits for row in table.rows):
-        how.append("Rows that train on the validation part, too, train for as many.")
+    if table.task == "ranking":
+        how.append(f"Counted are the newest {COUNTED} ratings of each test user.")
     if has_ranks and table.task == "retrieval":
         how.append(
             "95 % of users: half of the width of the 95 % interval of the mean over the users of seed 1, for the first "
@@ -201,7 +202,10 @@ def draw_metrics(table: Table, results: dict[str, dict[int, Result]], image: Pat
 
 def draw_curves(table: Table, results: dict[str, dict[int, Result]], image: Path) -> Path | None:
     """The first metric on validation over epochs: the mean over the seeds of a row, and its standard error."""
-    curves = {row: [each["curve"] for each in of_row.values() if each.get("curve")] for row, of_row in results.items()}
+    curves = {
+        row: [each["curve"] for each in of_row.values() if len(each.get("curve", ())) > 1]
+        for row, of_row in results.items()
+    }
     curves = {row: of_row for row, of_row in curves.items() if of_row}
     if not curves:
         return None

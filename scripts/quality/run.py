@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -43,19 +42,7 @@ def runs_of(table: Table, options: argparse.Namespace, rows: Sequence[str] | Non
     given = {name: getattr(options, name).absolute() for name in ("data", "work", "output")}
     make = partial(Run, table=table, threads=options.threads, bindings=tuple(options.gin_bindings), **given)
     wanted, seeds = [table.row(row) for row in rows] if rows else table.rows, range(1, options.seeds + 1)
-    references = tuple(make(row=row, seed=seed) for row in table.rows[:1] for seed in seeds)
-    return [make(row=row, seed=seed, waits_for=references) for seed in seeds for row in wanted]
-
-
-def execute(runs: Sequence[Run], options: argparse.Namespace) -> bool:
-    """Do what is not done. Returns whether all runs are done."""
-    runner = Runner(environments(options.jobs, 1, options.threads))
-    failed = runner.run([run for run in runs if not run.row.waits])
-    later = [replace(run) for run in runs if run.row.waits]  # they know now how long to train
-    for run in (run for run in later if run.settings is None):
-        print(f"{run}: not run, because {run.table.reference!r} has not finished with all seeds", flush=True)
-    ready = [run for run in later if run.settings is not None]
-    return not (runner.run(ready) or failed) and len(ready) == len(later)
+    return [make(row=row, seed=seed) for seed in seeds for row in wanted]
 
 
 def preprocess_table(table: Table, store: Path, raw: Path | None) -> None:
@@ -76,7 +63,7 @@ def state_of(run: Run) -> str:
         return "done"
     if run.is_outdated():
         return "to do again: its settings or its data have changed"
-    return f"to do in {run.folder}" if run.settings else f"to do after {run.table.reference!r}"
+    return f"to do in {run.folder}"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -119,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     preprocess_table(table, runs[0].store, options.raw)
     signal.signal(signal.SIGTERM, stop_as_ctrl_c)
     try:
-        is_done = execute(runs, options)
+        is_done = not Runner(environments(options.jobs, 1, options.threads)).run(runs)
     except KeyboardInterrupt as stop:
         print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
         return int(stop.args[0]) if stop.args else 128 + signal.SIGINT

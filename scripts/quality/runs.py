@@ -20,7 +20,6 @@ from scripts.quality.tables import ROOT, Row, Table
 
 RANKS = "per_user.csv.gz"
 _WRITING = threading.Lock()
-_CHOOSING = ("best_metric", "ckpt_save_interval", "eval_interval", "early_stop_patience")
 _NOT_COMPARED = ("DatasetArgs.dataset_path", "TrainerArgs.best_metric", "TrainerArgs.ckpt_save_interval")
 """The data is the same in another directory (see data_facts); the others are those of the table."""
 
@@ -47,8 +46,6 @@ class Run:
     threads: int = 1
     bindings: tuple[str, ...] = ()
     """Further ones, of the command line."""
-    waits_for: tuple[Run, ...] = ()
-    """The runs whose validation says how long this one trains."""
 
     def __str__(self) -> str:
         return f"{self.row.name}, seed {self.seed}"
@@ -60,40 +57,27 @@ class Run:
 
     @cached_property
     def trial(self) -> Trial | None:
-        """The training. None: of a peer, or another run must first tell how long to train."""
-        if self.row.peer or not self.row.waits:
-            return None if self.row.peer else self._trial()
-        results = [run.stored() for run in self.waits_for]
-        best = [result["epoch"] for result in results if result]
-        if not best or len(best) < len(results):
+        """The training. None: of a peer."""
+        if self.row.peer:
             return None
-        return self._trial(f"TrainerArgs.num_train_epochs = {max(1, round(sum(best) / len(best)))}.0")
-
-    def _trial(self, *length: str) -> Trial:
         script = "scripts/evaluate.py" if self.table.task == "retrieval" else "scripts/quality/evaluate.py"
         return Trial(
             name=self.row.name, task=self.table.task, files=(str(self.row.config),), seed=self.seed, per_user=True,
-            bindings=(f"DatasetArgs.dataset_path = {str(self.store)!r}", *self.bindings, *length),
+            bindings=(f"DatasetArgs.dataset_path = {str(self.store)!r}", *self.bindings),
             root=self.work / self.table.name, evaluate=(str(ROOT / script),),
         )  # fmt: skip
 
     def check(self) -> None:
         """Raise ConfigError with the name of the row unless the row can be trained as it is written."""
         try:
-            _ = None if self.row.peer else self._trial().config
+            _ = None if self.trial is None else self.trial.config
         except ConfigError as error:
             raise ConfigError(f"table {self.table.name}, row {self.row.name!r}:\n{error}") from error
 
     @cached_property
-    def settings(self) -> tuple[str, ...] | None:
-        """What the run computes, one line for each setting. None: another run must first tell how long to train."""
-        if self.row.peer:
-            return (" ".join(self.row.peer),)
-        return None if self.trial is None else self._compared(self.trial.settings)
-
-    def _compared(self, settings: Sequence[str]) -> tuple[str, ...]:
-        names = (*_NOT_COMPARED, *(f"TrainerArgs.{name}" for name in _CHOOSING if self.row.waits))
-        return tuple(line for line in settings if line.partition(" = ")[0] not in names)
+    def settings(self) -> tuple[str, ...]:
+        """What the run computes, one line for each setting."""
+        return (" ".join(self.row.peer),) if self.trial is None else _compared(self.trial.settings)
 
     # --- commands ---
 
@@ -102,7 +86,7 @@ class Run:
         """Where the run writes. Other settings have another one."""
         if self.trial is not None:
             return self.trial.folder
-        return run_directory(self.work / self.table.name, self.row.name, self.settings or (), self.seed)
+        return run_directory(self.work / self.table.name, self.row.name, self.settings, self.seed)
 
     def commands(self) -> Iterator[Sequence[str]]:
         """The scripts to run one after the other, with arguments. Those that are done are left out."""
@@ -126,7 +110,7 @@ class Run:
     def stored(self) -> Result | None:
         """The result, if there is one of these settings and this data."""
         line = read_results(self.results).get((self.row.name, self.seed), {})
-        if self.settings is None or self._compared(line.get("settings", ())) != self.settings:
+        if _compared(line.get("settings", ())) != self.settings:
             return None
         facts = data_facts(self.store)
         return None if facts is not None and line["data"] != facts else line["result"]
@@ -176,6 +160,10 @@ class Run:
         return self.folder / "peer.json"
 
 
+def _compared(settings: Sequence[str]) -> tuple[str, ...]:
+    return tuple(line for line in settings if line.partition(" = ")[0] not in _NOT_COMPARED)
+
+
 def read_results(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """(row, seed) → the line of a run in a file of results; {} if there is no file."""
     lines = map(json.loads, file.read_text(encoding="utf-8").splitlines()) if file.exists() else ()
@@ -184,5 +172,5 @@ def read_results(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 def read_ranks(file: Path) -> pd.DataFrame:
     """Ranks of the targets of seed 1, a line per user: <row>, <row>/last_event, and the seconds since the event before
-    the target, gap. Ranking has influences on AUC instead (ratings.py). No lines if there is no file."""
+    the target, gap. Ranking has influences on AUC instead (evaluate.py). No lines if there is no file."""
     return pd.read_csv(file, index_col="user", compression="gzip") if file.exists() else pd.DataFrame()

@@ -17,8 +17,6 @@ from hstu.config.problems import did_you_mean
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "quality"
-WHOLE = "trained on validation items, too"
-"""End of the name of a row that trains for as many epochs as validation has chosen for the reference."""
 _WRITES = "--output", "$folder/peer.json", "--per_user", "$folder/per_user.csv"
 T = TypeVar("T")
 
@@ -34,14 +32,9 @@ class Row:
     """Instead of a training: a script and its arguments, in which $seed, $store (the preprocessed data) and $folder
     (the row's own, for one seed) stand for what they are in a run. It writes {"metrics": {name: value}} to
     $folder/peer.json, and it may write $folder/per_user.csv with columns user and rank, or for ranking user and
-    influence (ratings.py)."""
+    influence (evaluate.py)."""
     trials: int | str = ""
     """Number of settings that validation compared to choose those of the row, where they were counted."""
-
-    @property
-    def waits(self) -> bool:
-        """Whether the reference must first tell how long to train."""
-        return self.name.endswith(WHOLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +80,7 @@ class Table:
     def rows(self) -> tuple[Row, ...]:
         """The reference, the other gin files, and the peers."""
         files = {name_of(file): file for file in sorted(self.folder.glob("*.gin"))}
-        names = sorted(files, key=lambda name: (name != self.reference, name.endswith(WHOLE)))
+        names = sorted(files, key=lambda name: name != self.reference)
         trials = {self.reference: self.trials}
         own = (Row(name=name, config=files[name], trials=trials.get(name, "")) for name in names)
         return (*own, *(self._peer(name, **peer) for name, peer in self.peers.items()))
@@ -104,11 +97,11 @@ class Table:
         ``train_fraction``: the share of events before a cut in time), one of ranking_peers.py (``settings``: the best
         of the trials on the validation users of seed 1), or any ``command``.
         """
-        words = ["--seed", "$seed", "--method", method, *_WRITES]
+        cut = [] if train_fraction is None else ["--train_fraction", str(train_fraction)]
+        words = ["--seed", "$seed", "--method", method, *cut, *_WRITES]
         words += ["--settings", json.dumps(settings)] if settings else []
         if self.task == "retrieval":
             chosen = [] if only is None else ["--trials", str(only)]
-            cut = [] if train_fraction is None else ["--train_fraction", str(train_fraction)]
             words = ["--peers", name, "--seed", "$seed", *chosen, *cut, *_WRITES]
         own = (f"scripts/quality/{self.task}_peers.py", "--store", "$store", *words)
         return Row(name=name, peer=command or own, trials=trials)

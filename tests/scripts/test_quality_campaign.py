@@ -23,10 +23,11 @@ from hstu.config.gin_io import load_stored
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.sweep.trial import Trial, number
+from hstu.train.evaluate import Observations
 from scripts import sweep
 from scripts.quality import report
 from scripts.quality import run as command
-from scripts.quality.evaluate import influences
+from scripts.quality.evaluate import counted, influences
 from scripts.quality.ranking_peers import SPACES, Labels, Trees, inputs, main, measure
 from scripts.quality.report import mean_and_error, paired_difference
 from scripts.quality.runs import Run, read_results
@@ -327,6 +328,14 @@ def test_all_ratings_of_training_users_are_labels_and_no_user_is_in_two_parts(st
         assert len(each.events) == np.diff(offsets)[np.unique(each.users)].sum()
 
 
+def test_a_cut_in_time_divides_ratings_and_its_past_users(store: SequenceStore) -> None:
+    train, valid, test = Labels.cut_in_time(store, 0.8, 1)
+    times = np.asarray(store.sequence(str(store.timestamp_feature)))
+    assert max(times[each.events].max() for each in (train, valid)) < times[test.events].min()
+    assert not {*train.users} & {*valid.users}
+    assert sorted(np.concatenate([train.events, valid.events, test.events])) == [*range(store.num_events)]
+
+
 def test_auc_is_measured_over_all_labels_and_by_place() -> None:
     rng = np.random.default_rng(0)
     rating, place = rng.integers(1, 6, 600), np.tile(np.arange(150), 4)
@@ -336,6 +345,13 @@ def test_auc_is_measured_over_all_labels_and_by_place() -> None:
     here = (place >= 20) & (place < 50)
     assert found["AUC>=4, 21-50"] == pytest.approx(roc_auc_score(rating[here] >= 4, scores[here]))
     assert len(found) == 5
+
+
+def test_the_newest_ratings_of_each_user_are_counted_however_long_its_history_is() -> None:
+    users, events = np.repeat([7, 9], [250, 3]), np.concatenate([np.arange(1000, 1250), [3, 1, 2]])
+    every = np.zeros_like(users)
+    found = counted(Observations(users, every, every, every, every, every, events))
+    assert (found.events == np.concatenate([np.arange(1050, 1250), [3, 1, 2]])).all()
 
 
 def test_influences_have_the_deviation_of_auc_over_drawn_users() -> None:

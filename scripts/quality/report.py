@@ -122,8 +122,8 @@ def _notes(table: Table, has_ranks: bool) -> list[str]:
     """How the numbers were chosen, and what the rows are."""
     how = ["Mean ± standard error over seeds. Differences are those of pairs with one seed. Minutes are wall time."]
     how.append(
-        f"The checkpoint with the best {table.metric} on validation is evaluated on the test part, once. Epochs "
-        "are those of this checkpoint."
+        f"The checkpoint with the best {table.metric} on validation, or the last one of a training without it, is "
+        "evaluated on the test part, once. Epochs are those of this checkpoint."
     )
     if table.task == "ranking":
         how.append(f"Counted are the newest {COUNTED} ratings of each test user.")

@@ -34,9 +34,9 @@ import pandas as pd
 from hstu.base.errors import EXIT_DONE, ConfigError
 from hstu.config.args import DatasetArgs
 from hstu.config.cli import tool
-from hstu.data.batches.jagged import ranges, run_indices
+from hstu.data.batches.jagged import ranges
 from hstu.data.sampling.samples import build_samples
-from hstu.data.sampling.splits import Split, cut_events
+from hstu.data.sampling.splits import Split
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.train.metrics import auc
 from scripts.quality.evaluate import COUNTED, LIKED, in_parts, influences
@@ -64,7 +64,7 @@ class Labels:
 
     Args:
         events: in the store, int64 [M].
-        place: number of earlier labels of the user, int64 [M].
+        place: number of earlier labels of the sample, int64 [M].
         users: int64 [M].
     """
 
@@ -73,29 +73,29 @@ class Labels:
     users: np.ndarray
 
     @classmethod
-    def of(cls, store: SequenceStore, split: Split, seed: int) -> Labels:
-        """All ratings of the users of "train", those that are counted of other users."""
-        args = DatasetArgs(dataset_name=store.name, max_sequence_length=COUNTED, window_stride=COUNTED,
-                           train_fraction=0.6, valid_fraction=0.1)  # fmt: skip
-        samples = build_samples(store, args, "ranking", split, seed)
-        events = ranges(samples.stop - samples.num_labels, samples.num_labels)
-        start, user = (np.repeat(each, samples.num_labels) for each in (samples.start, samples.user))
-        return cls(events, events - start, user)
+    def of(
+        cls, store: SequenceStore, part: Split, seed: int, split: str = "user_holdout", train_fraction: float = 0.6
+    ) -> Labels:
+        """All ratings to train on, those that are counted of others."""
+        args = DatasetArgs(
+            dataset_name=store.name, max_sequence_length=COUNTED, window_stride=COUNTED, split=split,
+            train_fraction=train_fraction, valid_fraction=0.0 if split == "time" else 0.1,
+        )  # fmt: skip
+        samples = build_samples(store, args, "ranking", part, seed)
+        first, count = samples.stop - samples.num_labels, samples.num_labels
+        events = ranges(first, count)
+        return cls(events, events - np.repeat(first, count), np.repeat(samples.user, count))
 
-    @staticmethod
-    def cut_in_time(store: SequenceStore, fraction: float, seed: int) -> tuple[Labels, Labels, Labels]:
-        """Ratings before ``fraction`` of all are known, of nine in ten users to learn from and of the others to stop
+    @classmethod
+    def cut_in_time(cls, store: SequenceStore, fraction: float, seed: int) -> tuple[Labels, Labels, Labels]:
+        """(train, valid, test): ratings before the cut, of nine in ten users to learn from and of the others to stop
         by; and those that are counted of the ratings after it."""
-        offsets, stops = np.asarray(store.offsets()), cut_events(store, fraction)
-        users, begins, ends = np.arange(store.num_users), offsets[:-1], offsets[1:]
-        is_valid = np.random.default_rng(seed).random(store.num_users) < 0.1
-
-        def between(begin: np.ndarray, end: np.ndarray) -> Labels:
-            row, place = run_indices(end - begin)
-            return Labels(begin[row] + place, place, users[row])
-
-        train, valid = (between(begins, np.where(each, stops, begins)) for each in (~is_valid, is_valid))
-        return train, valid, between(np.maximum(stops, ends - COUNTED), ends)
+        before, test = (cls.of(store, part, seed, "time", fraction) for part in ("train", "test"))
+        is_valid = (np.random.default_rng(seed).random(store.num_users) < 0.1)[before.users]
+        order = np.argsort(before.events)  # windows are the newest first
+        kept = (order[each[order]] for each in (~is_valid, is_valid))
+        train, valid = (cls(*(column[rows] for column in vars(before).values())) for rows in kept)
+        return train, valid, test
 
 
 def require(name: str) -> ModuleType:
